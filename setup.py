@@ -1,0 +1,46 @@
+"""Build podspan: one distribution, its top-level folders mapped into one namespace.
+
+`agent/` is `podspan.agent` and so on, so that nothing is installed under a bare name.
+A subpackage is found by its `__init__.py`. Versions of Python packages are recorded
+here and nowhere else, those of Debian packages by the Debian release.
+"""
+
+from setuptools import find_packages, setup
+
+FOLDERS = ("agent", "bpf", "init")
+
+setup(
+    name="podspan",
+    version="0.1.0",
+    description="Istio's distributed traces without sidecars, by eBPF",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={f"podspan.{folder}": folder for folder in FOLDERS},
+    packages=[
+        package
+        for folder in FOLDERS
+        for package in (
+            f"podspan.{folder}",
+            *(f"podspan.{folder}.{sub}" for sub in find_packages(folder)),
+        )
+    ],
+    package_data={"podspan.bpf": ["*.c", "*.h"]},
+    install_requires=[
+        # bcc compiles and loads bpf/. It comes from Debian (python3-bpfcc), not from
+        # here: the package named bcc on PyPI is another thing.
+        "python-iptables~=1.2",  # init: rules in legacy tables, through libxtables
+        "pyroute2~=0.9.7",  # namespaces, links and addresses by netlink
+        "urllib3~=2.8",  # export: HTTP with connection reuse
+    ],
+    extras_require={
+        # Exact, because a tool's next release may find what this one let pass.
+        "test": [
+            "hypothesis==6.170.15",  # hostile input: heads, B3 values
+            "mypy==2.4.1",
+            "pytest==9.2.0",
+            "ruff==0.17.6",
+            "scapy==2.8.0",  # reads the injected headers off the wire
+        ],
+    },
+    entry_points={"console_scripts": ["podspan = podspan.agent.__main__:main"]},
+)
