@@ -1,0 +1,23 @@
+"""podspan.agent: what runs once per node.
+
+The kernel hands over one record per finished exchange; the agent makes it a span and
+sends it away.
+
+    exchange.py   what the kernel told us            kernel/  the only import of bcc
+    span.py       exchange -> span                   pods/    namespaces, names
+    tree.py       spans -> text                      export/  Zipkin, files, terminal
+    b3.py         trace context in headers           service.py   the loop
+    http_head.py  the head of a message              config.py    flags, variables
+    clock.py      the kernel's clock -> the world's  errors.py    what can go wrong
+"""
+
+
+def version() -> str:
+    """Return the version of the installed distribution."""
+    # Here, not above: the import costs more than all that `podspan init` does.
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
+
+    try:
+        return version("podspan")
+    except PackageNotFoundError:
+        return "unknown"
