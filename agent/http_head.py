@@ -102,7 +102,8 @@ def parse_request(data: bytes) -> RequestHead | None:
         scan.expect(b"\r\n", "request line")
         headers = scan.headers()
     except _NeedMore:
-        return scan.wait()
+        scan.check_room()
+        return None
     return RequestHead(method, target, minor, headers, scan.at)
 
 
@@ -118,7 +119,8 @@ def parse_response(data: bytes) -> ResponseHead | None:
         scan.expect(b"\r\n", "status line")
         headers = scan.headers()
     except _NeedMore:
-        return scan.wait()
+        scan.check_room()
+        return None
     status = 100 * hundreds + 10 * tens + ones
     return ResponseHead(minor, status, reason, headers, scan.at)
 
@@ -194,8 +196,8 @@ class _Scan:
         self.full = len(data) >= MAX_HEAD
         self.at = 0
 
-    def wait(self) -> None:
-        """Say "need more", unless no more is allowed."""
+    def check_room(self) -> None:
+        """Raise unless the head may still go on."""
         if self.full:
             raise MalformedHead(f"head is longer than {MAX_HEAD} bytes")
 

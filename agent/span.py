@@ -35,6 +35,10 @@ _LINK_TEXT = {link: link.name.lower() for link in Link}
 _END_TEXT = {end: end.name.lower().replace("_", "-") for end in End}
 
 
+# No span refers to itself: looking for circles would cost a third of the time.
+_encode = JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One end of the exchange; an empty `service` is an unknown one."""
@@ -116,10 +120,6 @@ def zipkin_json(span: Span) -> str:
     if span.shared:
         fields["shared"] = True
     return _encode(fields)
-
-
-# No span refers to itself: the check for circles would be a third of the time.
-_encode = JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def _endpoint_fields(endpoint: Endpoint) -> dict[str, object]:

@@ -1,0 +1,33 @@
+"""podspan.agent.export: where spans go.
+
+zipkin.py   POSTs to a collector, in the background
+jsonl.py    one span per line, into a file
+tree.py     trees, onto the terminal
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from podspan.agent.span import Span
+
+
+class Exporter(Protocol):
+    """Takes spans somewhere.
+
+    Raises ExportError, or BrokenPipeError when whoever reads our standard output has
+    enough, which is no failure.
+    """
+
+    def export(self, spans: Sequence[Span]) -> None:
+        """Take the spans; never wait for a network."""
+
+    def tick(self) -> None:
+        """Do what is due by now; called about twice a second."""
+
+    def counters(self) -> dict[str, int]:
+        """Return what was sent and lost since the start, by reason."""
+
+    def close(self, timeout_s: float) -> None:
+        """Send what is left, for at most this long, and let go of everything."""

@@ -1,0 +1,60 @@
+"""Write spans as JSON lines: one Zipkin v2 span per line, appended to a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from podspan.agent.errors import ExportError
+from podspan.agent.span import Span, zipkin_json
+
+STDOUT = "-"
+
+
+class JsonLinesExporter:
+    """Appends to `path`; "-" is the standard output."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._sent = 0
+        try:
+            # Open as long as the exporter is: no `with`.
+            self._file = (
+                sys.stdout if path == STDOUT else Path(path).open("a", encoding="ascii")  # noqa: SIM115
+            )
+        except OSError as exc:
+            raise self._failed(exc) from exc
+
+    def export(self, spans: Sequence[Span]) -> None:
+        """Write the spans, and let readers of the file see whole lines only."""
+        try:
+            self._file.write("".join(f"{zipkin_json(span)}\n" for span in spans))
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as exc:
+            raise self._failed(exc) from exc
+        self._sent += len(spans)
+
+    def tick(self) -> None:
+        """Nothing waits here."""
+
+    def counters(self) -> dict[str, int]:
+        """Return the number of spans written."""
+        return {"sent": self._sent}
+
+    def close(self, timeout_s: float) -> None:  # noqa: ARG002
+        """Close the file; the standard output is not ours to close."""
+        if self._path == STDOUT:
+            return
+        try:
+            self._file.close()
+        except OSError as exc:
+            raise self._failed(exc) from exc
+
+    def _failed(self, exc: OSError) -> ExportError:
+        return ExportError(
+            f"cannot write spans to {self._path}: {exc.strerror}",
+            "check --json: its directory must exist and have room",
+        )

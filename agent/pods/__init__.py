@@ -1,0 +1,1 @@
+"""podspan.agent.pods: whose exchange it was."""

@@ -1,0 +1,360 @@
+"""The agent's loop: records in, spans out, until a signal ends it.
+
+One thread polls the kernel's ring, makes spans and hands them to the exporters, none
+of which waits for a network. Between polls it does what is due: the heartbeat that the
+redirect guard looks for, the choice of namespaces, the clock, the report of losses.
+
+Everything the user asked for is checked and opened before the kernel is touched; what
+was opened is closed in reverse, whatever happened.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib import import_module
+from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from podspan.agent import version
+from podspan.agent.clock import Clock
+from podspan.agent.config import Config
+from podspan.agent.errors import FeatureMissing, NoPrivilege, UsageError
+from podspan.agent.exchange import Exchange
+from podspan.agent.export import Exporter
+from podspan.agent.export.jsonl import JsonLinesExporter
+from podspan.agent.export.tree import TreeExporter
+from podspan.agent.export.zipkin import ZipkinExporter
+from podspan.agent.pods.names import ServiceNames
+from podspan.agent.span import Span, span_of
+from podspan.agent.tree import WIDTH
+
+log = logging.getLogger(__name__)
+
+POLL_MS = 100
+
+# The redirect guard falls back two seconds after the last heartbeat.
+HEARTBEAT_S = 0.25
+EXPORT_TICK_S = 0.5
+SELECT_S = 1.0
+CLOCK_S = 1.0
+LOSSES_S = 10.0
+
+# How long the exporters together may go on after the signal.
+DRAIN_S = 5.0
+
+# Spans handed over at once; more than this do not pile up within one poll.
+HAND_OVER_SPANS = 256
+
+# Counters of an exporter that are losses.
+EXPORT_LOSSES = ("dropped", "failed", "refused")
+
+
+class Tracer(Protocol):
+    """What the loop needs of podspan.agent.kernel.tracer."""
+
+    engine: str
+    engine_reason: str
+
+    def poll(self, timeout_ms: int) -> None:
+        """Hand over the exchanges that the kernel has finished."""
+
+    def heartbeat(self) -> None:
+        """Tell the kernel's programs that the agent is alive."""
+
+    def select(self, netns: frozenset[int]) -> None:
+        """Trace these network namespaces, and no others."""
+
+    def losses(self) -> dict[str, int]:
+        """Return what was lost since the start, by reason."""
+
+
+class OpenTracer(Protocol):
+    """Loads and attaches; leaving the context undoes it."""
+
+    def __call__(
+        self,
+        *,
+        max_connections: int,
+        netns: frozenset[int] | None,
+        on_exchange: Callable[[Exchange], None],
+        on_warning: Callable[[str], None],
+    ) -> AbstractContextManager[Tracer]:
+        """Return the tracer, not yet attached."""
+
+
+def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
+    """Trace until SIGTERM or SIGINT; return the exit code."""
+    log.info(
+        "podspan agent: version=%s kernel=%s pid=%d",
+        version(),
+        platform.release(),
+        os.getpid(),
+    )
+    log.info("config: %s", config.facts())
+    with ExitStack() as stack:
+        stop = stack.enter_context(_stop_signals())
+        ready_file = _ready_path(config)
+        if open_tracer is None:
+            open_tracer = _kernel_tracer()
+        exporters = _Exporters(stack, config)
+        names = ServiceNames()
+        clock = Clock()
+        sink = Sink(names, clock, exporters)
+
+        netns = names.select(config.netns) if config.netns else None
+        if netns is not None and not netns:
+            log.warning("no namespace yet: netns=%s", ",".join(config.netns))
+        tracer = stack.enter_context(
+            open_tracer(
+                max_connections=config.max_connections,
+                netns=netns,
+                on_exchange=sink.take,
+                on_warning=log.warning,
+            )
+        )
+        log.info("attached: engine=%s reason=%r", tracer.engine, tracer.engine_reason)
+        losses = Losses(lambda: {**tracer.losses(), **exporters.losses()})
+        stack.callback(losses.sum_up)
+
+        def select() -> None:
+            nonlocal netns
+            if netns is None:
+                return
+            selected = names.select(config.netns)
+            if selected != netns:
+                netns = selected
+                tracer.select(selected)
+                log.info("selected: namespaces=%d", len(selected))
+
+        due = [
+            Periodic(HEARTBEAT_S, tracer.heartbeat),
+            Periodic(EXPORT_TICK_S, exporters.tick),
+            Periodic(SELECT_S, select),
+            Periodic(CLOCK_S, clock.refresh),
+            Periodic(LOSSES_S, losses.report),
+        ]
+        tracer.heartbeat()
+        if ready_file:
+            stack.enter_context(_ready(ready_file))
+        while not stop:
+            tracer.poll(POLL_MS)
+            sink.hand_over()
+            now_s = time.monotonic()
+            for task in due:
+                task.run_if_due(now_s)
+        log.info("ending: signal=%s", stop[0])
+        # What finished before the signal is in the ring still.
+        tracer.poll(0)
+        sink.hand_over()
+    log.info("ended: exchanges=%d spans=%d %s", sink.exchanges, sink.spans, exporters)
+    return 0
+
+
+class Sink:
+    """Takes exchanges from the kernel, makes spans, hands them over in lots."""
+
+    def __init__(
+        self, names: ServiceNames, clock: Clock, exporters: _Exporters
+    ) -> None:
+        self.exchanges = 0
+        self.spans = 0
+        self._names = names
+        self._clock = clock
+        self._exporters = exporters
+        self._lot: list[Span] = []
+        self._failure: Exception | None = None
+
+    def take(self, exchange: Exchange) -> None:
+        """Called from within bcc's C code, which swallows exceptions: keep them."""
+        self.exchanges += 1
+        try:
+            service = self._names.name(exchange.netns, exchange.comm)
+            span = span_of(exchange, service, self._clock.offset_ns)
+            if span is None:
+                return
+            self._lot.append(span)
+            if len(self._lot) >= HAND_OVER_SPANS:
+                self._export()
+        except Exception as exc:
+            self._failure = self._failure or exc
+
+    def hand_over(self) -> None:
+        """Pass on what was taken; raise what went wrong while taking."""
+        if self._failure is not None:
+            raise self._failure
+        if self._lot:
+            self._export()
+
+    def _export(self) -> None:
+        lot, self._lot = self._lot, []
+        self.spans += len(lot)
+        self._exporters.export(lot)
+
+
+class _Exporters:
+    """All the places that the user chose, as one; closed when `stack` is."""
+
+    def __init__(self, stack: ExitStack, config: Config) -> None:
+        self._by_name: dict[str, Exporter] = {}
+        self._drain_until_s: float | None = None
+        if config.zipkin is not None:
+            self._add(stack, "zipkin", ZipkinExporter(config.zipkin))
+        if config.json is not None:
+            self._add(stack, "json", JsonLinesExporter(config.json))
+        if config.tree or not self._by_name:
+            width = shutil.get_terminal_size((WIDTH, 0)).columns
+            # A terminal that knows no blocks shows question marks, and no traceback.
+            if isinstance(sys.stdout, TextIOWrapper):
+                sys.stdout.reconfigure(errors="replace")
+            self._add(stack, "tree", TreeExporter(sys.stdout, width))
+
+    def _add(self, stack: ExitStack, name: str, exporter: Exporter) -> None:
+        self._by_name[name] = exporter
+        stack.callback(self._close, exporter)
+
+    def export(self, spans: list[Span]) -> None:
+        for exporter in self._by_name.values():
+            exporter.export(spans)
+
+    def tick(self) -> None:
+        for exporter in self._by_name.values():
+            exporter.tick()
+
+    def losses(self) -> dict[str, int]:
+        return {
+            f"{name}_{reason}": counters[reason]
+            for name, exporter in self._by_name.items()
+            for counters in [exporter.counters()]
+            for reason in EXPORT_LOSSES
+            if reason in counters
+        }
+
+    def _close(self, exporter: Exporter) -> None:
+        now_s = time.monotonic()
+        if self._drain_until_s is None:
+            self._drain_until_s = now_s + DRAIN_S
+        exporter.close(max(0.0, self._drain_until_s - now_s))
+
+    def __str__(self) -> str:
+        return " ".join(
+            f"{name}_{key}={value}"
+            for name, exporter in self._by_name.items()
+            for key, value in exporter.counters().items()
+        )
+
+
+class Periodic:
+    """Something to do every so often."""
+
+    def __init__(self, every_s: float, action: Callable[[], None]) -> None:
+        self._every_s = every_s
+        self._action = action
+        self._next_s = time.monotonic() + every_s
+
+    def run_if_due(self, now_s: float) -> None:
+        """Do it if it is time; a late run does not make the next one early."""
+        if now_s >= self._next_s:
+            self._next_s = now_s + self._every_s
+            self._action()
+
+
+class Losses:
+    """Warns when a counter of losses has grown."""
+
+    def __init__(self, read: Callable[[], dict[str, int]]) -> None:
+        self._read = read
+        self._told: dict[str, int] = {}
+
+    def report(self) -> None:
+        """Log what was lost since the last report, and altogether."""
+        now = self._read()
+        grown = {
+            reason: count - self._told.get(reason, 0)
+            for reason, count in now.items()
+            if count > self._told.get(reason, 0)
+        }
+        self._told = now
+        if grown:
+            log.warning("lost: %s; since the start: %s", _facts(grown), _facts(now))
+
+    def sum_up(self) -> None:
+        """Log all that was lost, if anything was."""
+        now = self._read()
+        if any(now.values()):
+            log.warning("lost altogether: %s", _facts(now))
+
+
+def _facts(counts: dict[str, int]) -> str:
+    return " ".join(f"{reason}={count}" for reason, count in counts.items() if count)
+
+
+def _kernel_tracer() -> OpenTracer:
+    """Return the real tracer; what it needs is tried in the order of its repair."""
+    if os.geteuid() != 0:
+        raise NoPrivilege(
+            "the agent loads programs into the kernel, which only root may",
+            "run it with sudo, or as a privileged DaemonSet",
+        )
+    if importlib.util.find_spec("bcc") is None:
+        raise FeatureMissing(
+            f"no module bcc for {sys.executable}",
+            "apt-get install python3-bpfcc; a virtual environment needs "
+            "--system-site-packages to see it",
+        )
+    tracer: OpenTracer = import_module("podspan.agent.kernel.tracer").Tracer
+    return tracer
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """Yield a list that is empty until SIGTERM or SIGINT puts its name there."""
+    stop: list[str] = []
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        stop.append(signal.Signals(number).name)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, on_signal) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _ready_path(config: Config) -> Path | None:
+    """Return the ready file, which does not exist yet and can be written."""
+    if config.ready_file is None:
+        return None
+    path = Path(config.ready_file)
+    if not path.parent.is_dir() or path.is_dir():
+        raise UsageError(
+            f"cannot write --ready-file {path}", "its directory must exist"
+        )
+    # One left behind by an agent that was killed would lie to whoever waits for it.
+    path.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def _ready(path: Path) -> Iterator[None]:
+    """Let the file say this process's id, whole or not at all, while we are ready."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(f"{os.getpid()}\n")
+    draft.rename(path)
+    log.info("ready: file=%s", path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
