@@ -42,6 +42,9 @@ COMMAND_NAMES: Final = {
 # enum bpf_attach_type: the hooks that podspan attaches by link.
 BPF_CGROUP_SOCK_OPS: Final = 3
 
+# What statfs(2) says of a bpf file system (include/uapi/linux/magic.h).
+BPF_FS_MAGIC: Final = 0xCAFE4A11
+
 # Flags of map_update.
 BPF_ANY: Final = 0
 BPF_NOEXIST: Final = 1
@@ -165,6 +168,16 @@ def prog_info(prog_fd: int, max_maps: int = 16) -> ProgInfo:
     return ProgInfo(
         type=fields[0], id=fields[1], tag=fields[2], map_ids=tuple(ids[:count])
     )
+
+
+def is_bpffs(path: str | Path) -> bool:
+    """Say whether `path` lies in a bpf file system; False if there is no such path."""
+    # struct statfs begins with f_type, a long; 120 bytes on both architectures.
+    status = ctypes.create_string_buffer(256)
+    if _libc.statfs(ctypes.c_char_p(os.fsencode(path)), status) != 0:
+        return False
+    kind: int = struct.unpack_from("=q", status.raw)[0]
+    return kind == BPF_FS_MAGIC
 
 
 def _get_info(fd: int, info: ctypes.Array[ctypes.c_char]) -> None:

@@ -1,0 +1,208 @@
+"""The legacy tables, through python-iptables: the only importer of iptc.
+
+Needs no iptables binary, but the extensions of its package (libxt_*.so). A table is
+read, changed in memory and written back whole, so a change takes effect at once or not
+at all. iptc does not take the lock by which the iptables commands exclude each other;
+we do, because a table written back would undo what another wrote meanwhile.
+
+Rules that are not ours are never decoded: their extensions need not be installed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from podspan.agent.errors import RedirectError
+from podspan.init.plan import CHAIN_PREFIX, Family, Module, Rule, chains, is_ours
+
+NAME: Final = "legacy"
+
+# XT_LOCK_NAME in iptables' configure.ac, since 1.8.0; flock(2), exclusive.
+LOCK_PATH: Final = Path("/run/xtables.lock")
+LOCK_TIMEOUT_S: Final = 30  # as Istio's --wait=30
+LOCK_POLL_S: Final = 0.05
+
+# The tables that exist in this namespace. Reading a table that does not would make it.
+TABLE_NAMES: Final = {
+    Family.IPV4: Path("/proc/thread-self/net/ip_tables_names"),
+    Family.IPV6: Path("/proc/thread-self/net/ip6_tables_names"),
+}
+
+PROBE_CHAIN: Final = CHAIN_PREFIX + "PROBE"
+
+
+def why_unusable(family: Family) -> str | None:
+    """Try a rule in nat: None if this variant works here, else what it said."""
+    try:
+        with _nat(family, f"add a rule to {PROBE_CHAIN}") as table:
+            _create(family, table, [Rule(PROBE_CHAIN, Module("RETURN"))])
+            table.commit()
+        with _nat(family, f"remove {PROBE_CHAIN}") as table:
+            _undo(family, table, PROBE_CHAIN)
+            table.commit()
+    except RedirectError as exc:
+        return exc.stderr or str(exc)
+    return None
+
+
+def has_rules(family: Family) -> bool:
+    """Say whether any legacy table of this namespace holds a rule."""
+    for name in _existing_tables(family):
+        with _table(family, name, f"read {name}") as table:
+            if any(table.first_rule(chain.name) for chain in table.chains):
+                return True
+    return False
+
+
+def has_residue(family: Family) -> bool:
+    """Say whether anything of ours is in the nat table."""
+    if "nat" not in _existing_tables(family):
+        return False
+    with _nat(family, "read nat") as table:
+        return any(is_ours(chain.name) for chain in table.chains)
+
+
+def replace(family: Family, rules: Sequence[Rule]) -> None:
+    """Make `rules` all that there is of ours; without rules: remove it."""
+    if not rules and not has_residue(family):
+        return
+    with _nat(family, "write the redirect rules to nat") as table:
+        _undo(family, table)
+        _create(family, table, rules)
+        table.commit()
+
+
+def _undo(family: Family, table: Any, prefix: str = CHAIN_PREFIX) -> None:
+    ours = [c.name for c in table.chains if c.name.startswith(prefix)]
+    others = [c.name for c in table.chains if not c.name.startswith(prefix)]
+    for chain in others:
+        _delete_jumps(family, table, chain, ours)
+    # All are emptied before the first is deleted: they refer to each other.
+    for chain in ours:
+        table.flush_entries(chain)
+    for chain in ours:
+        table.delete_chain(chain)
+
+
+def _delete_jumps(family: Family, table: Any, chain: str, ours: list[str]) -> None:
+    entry = table.first_rule(chain)
+    while entry:
+        if _target_name(table, entry) in ours:
+            rule = _iptc_rule(family, entry)
+            table.delete_entry(chain, rule.rule, rule.mask)
+            entry = table.first_rule(chain)  # the deletion moved the others
+        else:
+            entry = table.next_rule(entry)
+
+
+def _target_name(table: Any, entry: Any) -> str:
+    name = table.get_target(entry)
+    return name.decode() if name else ""
+
+
+def _create(family: Family, table: Any, rules: Sequence[Rule]) -> None:
+    for chain in chains(rules):
+        table.create_chain(chain)
+    for rule in rules:
+        entry = _encode(family, rule)
+        entry.final_check()
+        table.append_entry(rule.chain, entry.rule)
+
+
+def _encode(family: Family, rule: Rule) -> Any:
+    encoded = _iptc_rule(family)
+    # The protocol first: extensions such as tcp are looked up by it.
+    if rule.protocol is not None:
+        encoded.protocol = rule.protocol
+    if rule.destination is not None:
+        encoded.dst = str(rule.destination)
+    if rule.out_interface is not None:
+        encoded.out_interface = rule.out_interface
+    for match in rule.matches:
+        made = encoded.create_match(match.name)
+        for name, value in match.options:
+            made.set_parameter(name, value)
+    target = encoded.create_target(rule.target.name)
+    for name, value in rule.target.options:
+        target.set_parameter(name, value)
+    return encoded
+
+
+def _iptc_rule(family: Family, entry: Any = None) -> Any:
+    iptc = _iptc()
+    return iptc.Rule(entry) if family is Family.IPV4 else iptc.Rule6(entry)
+
+
+def _existing_tables(family: Family) -> list[str]:
+    try:
+        return TABLE_NAMES[family].read_text().split()
+    except FileNotFoundError:  # the kernel has no legacy tables, or not loaded them
+        return []
+
+
+@contextmanager
+def _nat(family: Family, what: str) -> Iterator[Any]:
+    with _table(family, "nat", what) as table:
+        yield table
+
+
+@contextmanager
+def _table(family: Family, name: str, what: str) -> Iterator[Any]:
+    """Yield a fresh copy of a table; only an explicit commit writes it back."""
+    iptc = _iptc()
+    command = f"iptc, IPv{family.value}: {what}"
+    with _lock():
+        try:
+            kind = iptc.Table if family is Family.IPV4 else iptc.Table6
+            table = kind(name, autocommit=False)
+            table.refresh()  # the object is shared in this process, and may be old
+            yield table
+        except (iptc.IPTCError, iptc.XTablesError, ValueError) as exc:
+            # iptc quotes libiptc's bytes: can't commit: b'Permission denied'
+            said = str(exc).replace("b'", "'")
+            raise RedirectError(
+                f"legacy iptables cannot {what}: {said}", command=command, stderr=said
+            ) from exc
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    try:
+        lock = LOCK_PATH.open("a")
+    except OSError:
+        # A read-only /run: whoever else is in this container cannot lock either.
+        yield
+        return
+    with lock:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                if time.monotonic() > deadline:
+                    raise RedirectError(
+                        f"{LOCK_PATH} is locked for {LOCK_TIMEOUT_S} s",
+                        hint=f"another iptables is running; see: fuser -v {LOCK_PATH}",
+                    ) from exc
+                time.sleep(LOCK_POLL_S)
+            else:
+                break
+        yield
+
+
+def _iptc() -> Any:
+    """Import iptc late: it loads libxtables, which nft-only machines may lack."""
+    try:
+        import iptc  # noqa: PLC0415
+    except Exception as exc:  # it raises XTablesError, OSError or worse on import
+        raise RedirectError(
+            f"python-iptables does not load: {exc}",
+            hint="install the package iptables; XTABLES_LIBDIR names its libxt_*.so",
+            command="import iptc",
+        ) from exc
+    return iptc
