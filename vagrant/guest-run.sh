@@ -20,7 +20,7 @@ ln -sf /proc/self/fd /dev/fd
 ln -sf /proc/self/fd/0 /dev/stdin
 ln -sf /proc/self/fd/1 /dev/stdout
 ln -sf /proc/self/fd/2 /dev/stderr
-hostname podspan-vm
+echo podspan-vm >/proc/sys/kernel/hostname
 ip link set lo up
 ulimit -n 1048576
 

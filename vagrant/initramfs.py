@@ -10,7 +10,9 @@ from stat import S_IFDIR, S_IFLNK, S_IFREG
 TRAILER = "TRAILER!!!"
 
 
-def archive(folders: list[str], links: dict[str, str], files: dict[str, bytes]) -> bytes:
+def archive(
+    folders: list[str], links: dict[str, str], files: dict[str, bytes]
+) -> bytes:
     """Return an archive of these folders, links and executable files.
 
     A folder comes before what lies in it, so list parents first.

@@ -123,9 +123,7 @@ def download(metapackage: str, cache: Path) -> str:
         subprocess.run(["dpkg-deb", "--extract", package, root], check=True)
         # Debian's package leaves modules.dep to its postinst. depmod wants
         # System.map only to warn about missing symbols.
-        subprocess.run(
-            ["/sbin/depmod", "--basedir", root, version], check=True, env={}
-        )
+        subprocess.run(["/sbin/depmod", "--basedir", root, version], check=True, env={})
         target = cache / version
         if target.exists():
             shutil.rmtree(target)
