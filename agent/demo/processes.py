@@ -71,6 +71,9 @@ class Child:
         _traceback: TracebackType | None,
     ) -> None:
         self.stop()
+        if self._process.stdout:
+            self._process.stdout.close()
+        self._stderr.close()
 
     @property
     def pid(self) -> int:
@@ -122,18 +125,15 @@ class Child:
         ending = "" if code is None else f" (exit code {code})"
         return ProcessError(f"{self.name} {what}{ending}", self.errors())
 
-    def stop(self) -> None:
-        """Ask the process to stop, kill it if it does not; never fails."""
+    def stop(self) -> int:
+        """Ask the process to stop, kill it if it does not; return its exit code."""
         if not self.ended:
             self._process.terminate()
             try:
                 self._process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait()
-        if self._process.stdout:
-            self._process.stdout.close()
-        self._stderr.close()
+        return self._process.wait()
 
 
 def _prologue(namespace: BinaryIO | None) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ if os.geteuid():
         "needs root for network namespaces: run with sudo", allow_module_level=True
     )
 
-from podspan.agent.demo import processes
+from podspan.agent.demo import command, processes
 from podspan.agent.demo.bookinfo import PODS
+from podspan.agent.demo.command import DemoError
 from podspan.agent.demo.processes import ProcessError, call_page, start_services
 from podspan.agent.demo.topology import BRIDGE, NAMED, topology
 from podspan.agent.errors import UsageError
@@ -144,14 +146,53 @@ class TestCleanUp:
         finally:
             subprocess.run(["ip", "netns", "delete", "details"], check=True)
 
+    def test_after_an_agent_that_fails(self, monkeypatch):
+        fake_kernel_and_agent(monkeypatch, "echo no BTF >&2; exit 3")
+        with pytest.raises(ProcessError, match=r"ended too early \(exit code 3\)") as e:
+            command.main([])
+        assert e.value.hint == "no BTF"
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_after_a_signal(self, monkeypatch, tmp_path, number):
+        fake_kernel_and_agent(
+            monkeypatch, f"echo $$ >{tmp_path}/pid; kill -{number} $PPID; exec sleep 99"
+        )
+        with pytest.raises((KeyboardInterrupt, DemoError)):
+            command.main([])
+        assert signal.getsignal(number) is not signal.SIG_IGN
+        wait_for_end(int((tmp_path / "pid").read_text()))
+
+    def test_an_agent_that_writes_no_span_is_told_what_is_missing(self, monkeypatch):
+        monkeypatch.setattr(command, "SPANS_S", 0.2)
+        ready = 'while [ "$1" != --ready-file ]; do shift; done; : >"$2"; exec sleep 99'
+        fake_kernel_and_agent(monkeypatch, ready)
+        with pytest.raises(ProcessError) as caught:
+            command.main([])
+        assert "the CLIENT half of client -> productpage" in str(caught.value)
+        assert "the SERVER half of reviews -> ratings" in str(caught.value)
+
+
+def fake_kernel_and_agent(monkeypatch, script):
+    """Let the demo run where there are no kprobes, with a shell script as podspan."""
+    monkeypatch.setattr(command, "KPROBES", NAMED.parent)
+    monkeypatch.setattr(
+        command,
+        "_podspan",
+        lambda what, *rest: [
+            "sh",
+            "-c",
+            script if what == "agent" else ":",
+            what,
+            *rest,
+        ],
+    )
+
 
 def wait_for_end(pid):
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    import select
-
     ended, _, _ = select.select([process], [], [], 10)
     os.close(process)
     assert ended, f"process {pid} survived its demo"
