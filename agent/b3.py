@@ -58,7 +58,7 @@ class Context:
         return self.span_id != 0
 
 
-class _Malformed(ValueError):  # noqa: N818
+class _Malformed(ValueError):
     """Never leaves this module."""
 
 

@@ -33,15 +33,15 @@ class KernelError(PodspanError):
     """The kernel does not do what the agent needs."""
 
 
-class NoPrivilege(KernelError):  # noqa: N818
+class NoPrivilege(KernelError):
     """This process may not do it; root may."""
 
 
-class FeatureMissing(KernelError):  # noqa: N818
+class FeatureMissing(KernelError):
     """The kernel or the machine lacks a part that the agent needs."""
 
 
-class ProgramRejected(KernelError):  # noqa: N818
+class ProgramRejected(KernelError):
     """A program of bpf/ did not compile, verify or attach."""
 
     def __init__(self, what: str, hint: str = "", *, log: str = "") -> None:

@@ -4,8 +4,8 @@ The bytes so far in, a head out. The kernel's byte scanner (bpf/head_scanner.h) 
 tested against this module, so every rule is explicit; RFC 9112 unless noted.
 
 Head (section 2.1)
-- A head is at most 16384 bytes, including what is skipped before it.
 - CRLFs before a request line are skipped (section 2.2); before a status line not.
+- A head is at most 16384 bytes, without what is skipped before it.
 - Request line: METHOD SP TARGET SP "HTTP/1." DIGIT CRLF. METHOD: 1 to 16 token
   characters. TARGET: at least one byte of 0x21-0x7e or 0x80-0xff.
 - Status line: "HTTP/1." DIGIT SP 3DIGIT [SP REASON] CRLF.
@@ -30,23 +30,21 @@ from enum import Enum
 MAX_HEAD = 16384
 MAX_METHOD = 16
 
-# A length that fits a signed 64-bit integer, as the kernel counts.
-MAX_LENGTH = 2**63 - 1
-
 Headers = tuple[tuple[bytes, bytes], ...]
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]*")
 _TARGET = re.compile(rb"[\x21-\x7e\x80-\xff]*")
 _TEXT = re.compile(rb"[^\x00\r\n]*")
-_DIGITS = re.compile(rb"[0-9]+")
+# More digits might not fit the kernel's 64 bits; no body is that long.
+_LENGTH = re.compile(rb"[0-9]{1,18}")
 _OWS = b" \t"
 
 
-class MalformedHead(ValueError):  # noqa: N818
+class MalformedHead(ValueError):
     """The peer's bytes are no HTTP/1.x head, or its framing headers contradict."""
 
 
-class _NeedMore(Exception):  # noqa: N818
+class _NeedMore(Exception):
     """The bytes end where more may follow. Never leaves this module."""
 
 
@@ -94,6 +92,7 @@ def parse_request(data: bytes) -> RequestHead | None:
     scan = _Scan(data)
     try:
         scan.skip_empty_lines()
+        scan.begin()
         method = scan.run(_TOKEN, "method", most=MAX_METHOD)
         scan.expect(b" ", "method")
         target = scan.run(_TARGET, "target")
@@ -110,6 +109,7 @@ def parse_request(data: bytes) -> RequestHead | None:
 def parse_response(data: bytes) -> ResponseHead | None:
     """Return the head at the start of `data`, or None while it may still become one."""
     scan = _Scan(data)
+    scan.begin()
     try:
         scan.expect(b"HTTP/1.", "version")
         minor = scan.digit("version")
@@ -143,8 +143,8 @@ def body_framing(
       until close and a request is malformed.
     - Transfer-Encoding and Content-Length: a request is malformed; in a response the
       first counts.
-    - Content-Length: digits only, below 2**63. Lines that repeat the same number
-      count once; others are malformed.
+    - Content-Length: 1 to 18 digits. Lines that repeat the same number count once;
+      others are malformed.
     - Neither: a request has no body, a response goes on until close.
     """
     if status is not None and (
@@ -174,16 +174,12 @@ def body_framing(
 def _content_length(lengths: Iterable[bytes]) -> int:
     numbers = set()
     for text in lengths:
-        # Python refuses to convert thousands of digits; so do we, with our own error.
-        if not _DIGITS.fullmatch(text) or len(text.lstrip(b"0")) > 19:
-            raise MalformedHead("Content-Length is not a number")
+        if not _LENGTH.fullmatch(text):
+            raise MalformedHead("Content-Length is no number of 1 to 18 digits")
         numbers.add(int(text))
     if len(numbers) > 1:
         raise MalformedHead("Content-Length is repeated and differs")
-    length = numbers.pop()
-    if length > MAX_LENGTH:
-        raise MalformedHead("Content-Length is too large")
-    return length
+    return numbers.pop()
 
 
 class _Scan:
@@ -192,9 +188,15 @@ class _Scan:
     __slots__ = ("at", "data", "full")
 
     def __init__(self, data: bytes) -> None:
-        self.data = data[:MAX_HEAD]
-        self.full = len(data) >= MAX_HEAD
+        self.data = data
         self.at = 0
+        self.full = False
+
+    def begin(self) -> None:
+        """Let the head begin here: what lies too far behind is not looked at."""
+        end = self.at + MAX_HEAD
+        self.full = len(self.data) > end
+        self.data = self.data[:end]
 
     def check_room(self) -> None:
         """Raise unless the head may still go on."""

@@ -4,10 +4,10 @@ One line per half of an exchange; the halves that share an id stand together, th
 client's above the server's, and what they called stands below them, indented:
 
     trace 57cb7d45ff07b57a7f4a3f4c45f5b7d3: 4 spans, 3 services, 12.0 ms
-    client curl             GET /productpage  200  12.000 ms  none    ████████████████
-    server productpage      GET /productpage  200  11.000 ms  header   ██████████████▋
-      client productpage    GET /details/0    503   4.000 ms  thread    █████▎
-      server details        GET /details/0    503   3.500 ms  header     ████▋
+    client curl           GET /productpage  200  12.000 ms  none    ██████████████████
+    server productpage    GET /productpage  200  11.200 ms  header  █████████████████▍
+      client productpage  GET /details/0    200   3.000 ms  thread   █████
+      server details      GET /details/0    200   2.000 ms  header    ███▎
 
 An exchange whose parent is not among the spans says so (`parent ... not seen`); so
 does one that is its own ancestor (`cycle`), which only hostile headers can make.

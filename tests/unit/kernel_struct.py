@@ -6,7 +6,9 @@ A field renamed in C then fails a unit test, without root and without bcc.
 import ctypes
 import re
 from functools import cache
+from ipaddress import IPv6Address
 from pathlib import Path
+from typing import Any
 
 HEADER = Path(__file__).parents[2] / "bpf" / "exchange.h"
 
@@ -47,6 +49,47 @@ def declared_size(name: str) -> int:
     match = re.search(pattern, HEADER.read_text())
     assert match, f"no size asserted for struct {name}"
     return int(match[1])
+
+
+def exchange_record(**fields: Any) -> Any:
+    """Return a record of a plain sampled call, `fields` changed; addresses as text."""
+    values: dict[str, Any] = {
+        "trace_id_high": 0x463AC35C9F6413AD,
+        "trace_id_low": 0x48485A3953BB6124,
+        "span_id": 0xA2FB4A1D1A96D312,
+        "request_first_ns": 5_000_000_000,
+        "request_last_ns": 5_000_000_100,
+        "response_first_ns": 5_004_000_000,
+        "response_last_ns": 5_004_200_000,
+        "response_bytes": 178,
+        "netns": 4026532000,
+        "pid": 100,
+        "tid": 101,
+        "local_addr": "10.1.0.2",
+        "local_port": 40000,
+        "peer_addr": "10.1.0.3",
+        "peer_port": 9080,
+        "status": 200,
+        "role": 1,
+        "end": 1,
+        "flags": 1,
+        "request_minor": 1,
+        "method": b"GET",
+        "target": b"/details/0?u=1",
+        "host": b"Details:9080",
+        "user_agent": b"python",
+        "request_id": b"7f1c5b6e-0f5a-4f0e-9c3d-1a2b3c4d5e6f",
+        "comm": b"productpage",
+    }
+    raw = kernel_struct("exchange_record")()
+    for name, value in {**values, **fields}.items():
+        if isinstance(value, str):
+            text = value if ":" in value else f"::ffff:{value}"
+            getattr(raw, name)[:] = IPv6Address(text).packed
+        else:
+            assert hasattr(raw, name), f"struct exchange_record has no {name}"
+            setattr(raw, name, value)
+    return raw
 
 
 def _body(kind: str, name: str) -> str:
