@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from podspan.agent.demo.bookinfo import CLIENT, SERVICES, Service
 from podspan.agent.demo.topology import CLONE_NEWNET, Pod, Topology
@@ -45,21 +45,12 @@ class Child:
     ) -> None:
         self.name = name
         # A file, because a full pipe would stop a process whose stderr nobody reads.
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop)
-        namespace = pod.path.open("rb") if pod else None
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=self._stderr,
-                process_group=0,
-                # Safe: no other thread of ours runs while children are started.
-                preexec_fn=_prologue(namespace),  # noqa: PLW1509
-            )
-        finally:
-            if namespace:
-                namespace.close()
+            self._process = _spawn(command, self._stderr, pod)
+        except (OSError, subprocess.SubprocessError) as exc:
+            self._stderr.close()
+            raise ProcessError(f"{name} cannot be started: {exc}") from exc
 
     def __enter__(self) -> Child:
         return self
@@ -134,6 +125,22 @@ class Child:
             except subprocess.TimeoutExpired:
                 self._process.kill()
         return self._process.wait()
+
+
+def _spawn(
+    command: Sequence[str], stderr: IO[bytes], pod: Pod | None
+) -> subprocess.Popen[bytes]:
+    with ExitStack() as stack:
+        namespace = stack.enter_context(pod.path.open("rb")) if pod else None
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            process_group=0,
+            # Safe: no other thread of ours runs while children are started.
+            preexec_fn=_prologue(namespace),  # noqa: PLW1509
+        )
 
 
 def _prologue(namespace: BinaryIO | None) -> Callable[[], None]:
