@@ -6,16 +6,24 @@ at all. iptc does not take the lock by which the iptables commands exclude each 
 we do, because a table written back would undo what another wrote meanwhile.
 
 Rules that are not ours are never decoded: their extensions need not be installed.
+
+Each operation runs in a child process. libxtables registers an extension for the family
+in use when its library is loaded, once: in a process that wrote an IPv4 REDIRECT there
+is none for IPv6 ("can't find target REDIRECT": python-iptables 1.2.0, iptables 1.8.9).
+And libxtables ends the process at some errors.
 """
 
 from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 from podspan.agent.errors import RedirectError
 from podspan.init.plan import CHAIN_PREFIX, Family, Module, Rule, chains, is_ours
@@ -35,16 +43,14 @@ TABLE_NAMES: Final = {
 
 PROBE_CHAIN: Final = CHAIN_PREFIX + "PROBE"
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 def why_unusable(family: Family) -> str | None:
     """Try a rule in nat: None if this variant works here, else what it said."""
     try:
-        with _nat(family, f"add a rule to {PROBE_CHAIN}") as table:
-            _create(family, table, [Rule(PROBE_CHAIN, Module("RETURN"))])
-            table.commit()
-        with _nat(family, f"remove {PROBE_CHAIN}") as table:
-            _undo(family, table, PROBE_CHAIN)
-            table.commit()
+        _in_child(_probe, family)
     except RedirectError as exc:
         return exc.stderr or str(exc)
     return None
@@ -52,36 +58,70 @@ def why_unusable(family: Family) -> str | None:
 
 def has_rules(family: Family) -> bool:
     """Say whether any legacy table of this namespace holds a rule."""
-    for name in _existing_tables(family):
+    names = _existing_tables(family)
+    return bool(names) and _in_child(_any_has_rules, family, names)
+
+
+def has_residue(family: Family) -> bool:
+    """Say whether anything of ours is in the nat table."""
+    return "nat" in _existing_tables(family) and _in_child(_has_our_chains, family)
+
+
+def replace(family: Family, rules: Sequence[Rule]) -> None:
+    """Make `rules` all that there is of ours; without rules: remove it."""
+    if rules or has_residue(family):
+        _in_child(_replace, family, rules)
+
+
+def _in_child(act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Return or raise what `act` does, with a libxtables of its own."""
+    _iptc()  # here, as it takes half a second and loads no extension yet
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        try:
+            return pool.submit(act, *args, **kwargs).result()
+        except BrokenProcessPool as exc:
+            raise RedirectError(
+                "libxtables ended the process that used it",
+                hint="what it said stands above",
+                command="import iptc",
+            ) from exc
+
+
+def _probe(family: Family) -> None:
+    with _table(family, "nat", f"add a rule to {PROBE_CHAIN}") as table:
+        _undo(table, PROBE_CHAIN)  # a probe that was cut short
+        _create(table, family, [Rule(PROBE_CHAIN, Module("RETURN"))])
+        table.commit()
+    with _table(family, "nat", f"remove {PROBE_CHAIN}") as table:
+        _undo(table, PROBE_CHAIN)
+        table.commit()
+
+
+def _any_has_rules(family: Family, names: Sequence[str]) -> bool:
+    for name in names:
         with _table(family, name, f"read {name}") as table:
             if any(table.first_rule(chain.name) for chain in table.chains):
                 return True
     return False
 
 
-def has_residue(family: Family) -> bool:
-    """Say whether anything of ours is in the nat table."""
-    if "nat" not in _existing_tables(family):
-        return False
-    with _nat(family, "read nat") as table:
+def _has_our_chains(family: Family) -> bool:
+    with _table(family, "nat", "read nat") as table:
         return any(is_ours(chain.name) for chain in table.chains)
 
 
-def replace(family: Family, rules: Sequence[Rule]) -> None:
-    """Make `rules` all that there is of ours; without rules: remove it."""
-    if not rules and not has_residue(family):
-        return
-    with _nat(family, "write the redirect rules to nat") as table:
-        _undo(family, table)
-        _create(family, table, rules)
+def _replace(family: Family, rules: Sequence[Rule]) -> None:
+    with _table(family, "nat", "write the redirect rules to nat") as table:
+        _undo(table)
+        _create(table, family, rules)
         table.commit()
 
 
-def _undo(family: Family, table: Any, prefix: str = CHAIN_PREFIX) -> None:
+def _undo(table: Any, prefix: str = CHAIN_PREFIX) -> None:
     ours = [c.name for c in table.chains if c.name.startswith(prefix)]
     others = [c.name for c in table.chains if not c.name.startswith(prefix)]
     for chain in others:
-        _delete_jumps(family, table, chain, ours)
+        _delete_jumps(table, chain, ours)
     # All are emptied before the first is deleted: they refer to each other.
     for chain in ours:
         table.flush_entries(chain)
@@ -89,11 +129,11 @@ def _undo(family: Family, table: Any, prefix: str = CHAIN_PREFIX) -> None:
         table.delete_chain(chain)
 
 
-def _delete_jumps(family: Family, table: Any, chain: str, ours: list[str]) -> None:
+def _delete_jumps(table: Any, chain: str, ours: list[str]) -> None:
     entry = table.first_rule(chain)
     while entry:
         if _target_name(table, entry) in ours:
-            rule = _iptc_rule(family, entry)
+            rule = table.create_rule(entry, _iptc().Chain(table, chain))
             table.delete_entry(chain, rule.rule, rule.mask)
             entry = table.first_rule(chain)  # the deletion moved the others
         else:
@@ -105,7 +145,7 @@ def _target_name(table: Any, entry: Any) -> str:
     return name.decode() if name else ""
 
 
-def _create(family: Family, table: Any, rules: Sequence[Rule]) -> None:
+def _create(table: Any, family: Family, rules: Sequence[Rule]) -> None:
     for chain in chains(rules):
         table.create_chain(chain)
     for rule in rules:
@@ -115,7 +155,8 @@ def _create(family: Family, table: Any, rules: Sequence[Rule]) -> None:
 
 
 def _encode(family: Family, rule: Rule) -> Any:
-    encoded = _iptc_rule(family)
+    iptc = _iptc()
+    encoded = iptc.Rule() if family is Family.IPV4 else iptc.Rule6()
     # The protocol first: extensions such as tcp are looked up by it.
     if rule.protocol is not None:
         encoded.protocol = rule.protocol
@@ -133,22 +174,11 @@ def _encode(family: Family, rule: Rule) -> Any:
     return encoded
 
 
-def _iptc_rule(family: Family, entry: Any = None) -> Any:
-    iptc = _iptc()
-    return iptc.Rule(entry) if family is Family.IPV4 else iptc.Rule6(entry)
-
-
 def _existing_tables(family: Family) -> list[str]:
     try:
         return TABLE_NAMES[family].read_text().split()
     except FileNotFoundError:  # the kernel has no legacy tables, or not loaded them
         return []
-
-
-@contextmanager
-def _nat(family: Family, what: str) -> Iterator[Any]:
-    with _table(family, "nat", what) as table:
-        yield table
 
 
 @contextmanager
