@@ -57,7 +57,7 @@ class Guard:
             with ExitStack() as stack:
                 compiled = program.load("redirect_guard.c")
                 stack.callback(compiled.cleanup)
-                states = compiled[STATES]
+                states = compiled[STATES.encode()]
                 map_fd = _pin(pin_dir, _load(compiled), states.map_fd)
                 state = states.Leaf(grace_ns=grace_ns)
         except OSError as exc:
@@ -111,7 +111,7 @@ class Guard:
 def _load(compiled: BPF) -> int:
     """Return the program's descriptor, which `compiled` owns."""
     try:
-        fd: int = compiled.load_func(PROGRAM, compiled.SOCKET_FILTER).fd
+        fd: int = compiled.load_func(PROGRAM.encode(), compiled.SOCKET_FILTER).fd
     except Exception as exc:  # bcc has no exception type of its own
         raise ProgramRejected(f"the kernel rejects {PROGRAM}: {exc}") from exc
     return fd
