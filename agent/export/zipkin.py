@@ -152,20 +152,21 @@ class ZipkinExporter:
     def close(self, timeout_s: float) -> None:
         """Send what is queued, for at most `timeout_s`; count the rest as failed."""
         with self._changed:
+            failed_before = self._counts["failed"]
             self._deadline_s = time.monotonic() + timeout_s
             self._changed.notify()
         # A collector that trickles its answer evades every socket timeout.
         self._thread.join(timeout_s + 0.5)
         with self._changed:
             self._abandoned = True
-            left = self._sending + len(self._queue)
-            self._counts["failed"] += left
+            self._counts["failed"] += self._sending + len(self._queue)
+            unsent = self._counts["failed"] - failed_before
             self._sending = 0
             self._queue.clear()
             self._queued_bytes = 0
         self._pool.clear()
-        if left:
-            log.warning("zipkin: ended with spans unsent: spans=%d", left)
+        if unsent:
+            log.warning("zipkin: ended with spans unsent: spans=%d", unsent)
 
     def _run(self) -> None:
         while batch := self._next_batch():

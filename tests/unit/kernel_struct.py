@@ -12,7 +12,7 @@ from typing import Any
 
 HEADER = Path(__file__).parents[2] / "bpf" / "exchange.h"
 
-CTYPES: dict[str, type] = {
+CTYPES: dict[str, Any] = {
     "u8": ctypes.c_ubyte,
     "u16": ctypes.c_ushort,
     "u32": ctypes.c_uint,

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from podspan.agent.errors import ExportError
@@ -13,7 +14,7 @@ from podspan.agent.export.tree import TreeExporter
 from podspan.agent.span import span_of
 from unit.kernel_struct import exchange_record
 
-SPAN = span_of(Exchange.from_kernel(exchange_record()), "productpage", 0)
+SPAN: Any = span_of(Exchange.from_kernel(exchange_record()), "productpage", 0)
 
 
 def in_trace(number):

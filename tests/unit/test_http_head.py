@@ -1,5 +1,7 @@
 """HTTP heads: whole, cut anywhere, and hostile."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,10 +87,14 @@ MALFORMED_RESPONSES = [
     b"HTTP/1.1 200 OK\r\n\n",
 ]
 
-CASES = [(parse_request, head) for head in VALID_REQUESTS]
-CASES += [(parse_response, head) for head in VALID_RESPONSES]
-MALFORMED = [(parse_request, data) for data in MALFORMED_REQUESTS]
-MALFORMED += [(parse_response, data) for data in MALFORMED_RESPONSES]
+CASES: list[tuple[Any, bytes]] = [
+    *((parse_request, head) for head in VALID_REQUESTS),
+    *((parse_response, head) for head in VALID_RESPONSES),
+]
+MALFORMED: list[tuple[Any, bytes]] = [
+    *((parse_request, data) for data in MALFORMED_REQUESTS),
+    *((parse_response, data) for data in MALFORMED_RESPONSES),
+]
 
 
 def test_a_request():

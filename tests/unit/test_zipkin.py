@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 from podspan.agent.errors import UsageError
@@ -30,11 +31,11 @@ class Collector:
     """Answers POSTs as told, and remembers them."""
 
     def __init__(self, port=0):
-        self.statuses = []  # of the next answers; then 202
+        self.statuses: list[int] = []  # of the next answers; then 202
         self.hang = threading.Event()  # cleared: requests wait for it
         self.hang.set()
-        self.requests = []
-        self.connections = set()
+        self.requests: list[Any] = []
+        self.connections: set[Any] = set()
         self.changed = threading.Condition()
         collector = self
 

@@ -1,0 +1,388 @@
+"""The agent's loop, with a tracer that needs no kernel."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from podspan.agent import config, service
+from podspan.agent.errors import (
+    ExportError,
+    FeatureMissing,
+    KernelError,
+    NoPrivilege,
+    UsageError,
+)
+from podspan.agent.exchange import Exchange
+from podspan.agent.pods.names import ServiceNames
+from podspan.agent.service import HEARTBEAT_S, Losses, Periodic, run
+from unit.kernel_struct import exchange_record
+
+OWN_NETNS = Path("/proc/self/ns/net")
+
+
+def settings(*argv):
+    return config.parse(argv, {})
+
+
+class FakeTracer:
+    """Plays a script: one step per poll; then ends the agent by a signal."""
+
+    engine = "kernel"
+    engine_reason = "self-test passed"
+
+    def __init__(self, *steps, signal_number=signal.SIGTERM, on_enter=None):
+        self.steps = list(steps)
+        self.signal_number = signal_number
+        self.on_enter = on_enter
+        self.calls = []
+        self.lost = {"ring_full": 0}
+        self.beats = []
+        self.selected = []
+        self.attached = False
+        self.ended = False
+
+    def __call__(self, *, max_connections, netns, on_exchange, on_warning):
+        self.max_connections = max_connections
+        self.netns = netns
+        self.on_exchange = on_exchange
+        self.on_warning = on_warning
+        return self
+
+    def __enter__(self):
+        if self.on_enter is not None:
+            self.on_enter()
+        self.attached = True
+        return self
+
+    def __exit__(self, *exc):
+        self.attached = False
+
+    def poll(self, timeout_ms):
+        assert self.attached
+        self.calls.append(timeout_ms)
+        if self.steps:
+            self.steps.pop(0)(self)
+        elif not self.ended:
+            self.ended = True
+            os.kill(os.getpid(), self.signal_number)
+
+    def heartbeat(self):
+        assert self.attached
+        self.beats.append(time.monotonic())
+
+    def select(self, netns):
+        self.selected.append(netns)
+
+    def losses(self):
+        assert self.attached
+        return dict(self.lost)
+
+
+def finish(**fields):
+    """Return a step in which the kernel reports one exchange."""
+
+    def step(tracer):
+        tracer.on_exchange(Exchange.from_kernel(exchange_record(**fields)))
+
+    return step
+
+
+def until(condition):
+    """Return steps that poll until the condition holds, at most for a while."""
+    deadline_s = time.monotonic() + 20
+
+    def step(tracer):
+        assert time.monotonic() < deadline_s
+        if not condition(tracer):
+            tracer.steps.insert(0, step)
+            threading.Event().wait(0.01)
+
+    return step
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_23_exchanges_give_23_spans(tmp_path):
+    out = tmp_path / "spans"
+    tracer = FakeTracer(*(finish(span_id=number) for number in range(1, 24)))
+    assert run(settings("--json", str(out)), tracer) == 0
+    assert [int(span["id"], 16) for span in read(out)] == list(range(1, 24))
+    assert not tracer.attached
+
+
+def test_many_exchanges_in_one_poll_all_arrive(tmp_path):
+    def flood(tracer):
+        for number in range(1, 1001):
+            finish(span_id=number)(tracer)
+
+    out = tmp_path / "spans"
+    assert run(settings("--json", str(out)), FakeTracer(flood)) == 0
+    assert [int(span["id"], 16) for span in read(out)] == list(range(1, 1001))
+
+
+def test_what_is_in_the_ring_when_the_signal_comes_is_not_lost(tmp_path):
+    def end(tracer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        tracer.ended = True
+
+    out = tmp_path / "spans"
+    run(settings("--json", str(out)), FakeTracer(end, finish()))
+    assert len(read(out)) == 1
+
+
+def test_unsampled_exchanges_are_not_exported(tmp_path):
+    out = tmp_path / "spans"
+    run(settings("--json", str(out)), FakeTracer(finish(flags=0), finish(flags=1)))
+    assert len(read(out)) == 1
+
+
+def test_without_an_output_trees_are_printed(capsys):
+    run(settings(), FakeTracer(finish()))
+    out = capsys.readouterr().out
+    assert out.startswith("trace 463ac35c9f6413ad48485a3953bb6124: 1 span, ")
+    assert "client productpage  GET /details/0?u=1  200" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_agent_and_its_handlers_are_restored(caplog, number):
+    caplog.set_level(logging.INFO)
+    before = signal.getsignal(number)
+    assert run(settings(), FakeTracer(signal_number=number)) == 0
+    assert signal.getsignal(number) is before
+    assert f"signal={number.name}" in caplog.text
+
+
+def test_the_ready_file_says_our_pid_while_attached_and_only_then(tmp_path):
+    ready = tmp_path / "ready"
+    ready.write_text("left behind by a killed agent")
+    seen = []
+    tracer = FakeTracer(
+        lambda _: seen.append(ready.read_text()),
+        on_enter=lambda: seen.append(ready.exists()),
+    )
+    run(settings("--ready-file", str(ready)), tracer)
+    assert seen == [False, f"{os.getpid()}\n"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ready_file_that_cannot_be_written_is_said_before_anything_loads(tmp_path):
+    tracer = FakeTracer(on_enter=pytest.fail)
+    with pytest.raises(UsageError, match="--ready-file"):
+        run(settings("--ready-file", str(tmp_path / "missing" / "ready")), tracer)
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_loads(tmp_path):
+    tracer = FakeTracer(on_enter=pytest.fail)
+    with pytest.raises(ExportError):
+        run(settings("--json", str(tmp_path / "missing" / "spans")), tracer)
+
+
+def test_a_kernel_that_refuses_leaves_nothing_behind(tmp_path):
+    def refuse():
+        raise KernelError("no", "why")
+
+    ready = tmp_path / "ready"
+    threads = threading.active_count()
+    with pytest.raises(KernelError):
+        run(
+            settings("--zipkin", "http://127.0.0.1:9", "--ready-file", str(ready)),
+            FakeTracer(on_enter=refuse),
+        )
+    assert not ready.exists()
+    assert threading.active_count() == threads
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_exporter_that_fails_within_a_poll_ends_the_agent():
+    # bcc calls back from C, which swallows exceptions: they must surface later.
+    def flood(tracer):
+        for _ in range(1000):
+            finish()(tracer)
+
+    tracer = FakeTracer(flood)
+    with pytest.raises(ExportError, match="No space left"):
+        run(settings("--json", "/dev/full"), tracer)
+    assert not tracer.attached
+
+
+def test_the_heart_beats_from_the_start_and_keeps_beating():
+    tracer = FakeTracer(until(lambda tracer: len(tracer.beats) == 4))
+    run(settings(), tracer)
+    gaps = [later - at for at, later in pairwise(tracer.beats)]
+    assert min(gaps) >= HEARTBEAT_S * 0.9
+
+
+def test_settings_reach_the_tracer():
+    tracer = FakeTracer()
+    run(settings("--max-connections", "7"), tracer)
+    assert tracer.max_connections == 7
+    assert tracer.netns is None
+    assert tracer.selected == []
+
+
+def test_namespaces_that_come_and_go_are_selected(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "SELECT_S", 0.01)
+    names = ServiceNames(tmp_path)
+    monkeypatch.setattr("podspan.agent.service.ServiceNames", lambda: names)
+    own = OWN_NETNS.stat().st_ino
+    tracer = FakeTracer(
+        lambda _: (tmp_path / "cni-1").symlink_to(OWN_NETNS),
+        until(lambda tracer: tracer.selected == [{own}]),
+        lambda _: (tmp_path / "cni-1").unlink(),
+        until(lambda tracer: tracer.selected == [{own}, frozenset()]),
+    )
+    run(settings("--netns", "cni-*"), tracer)
+    assert tracer.netns == frozenset()
+
+
+def test_the_namespaces_name_is_the_service(tmp_path, monkeypatch):
+    (tmp_path / "reviews").symlink_to(OWN_NETNS)
+    names = ServiceNames(tmp_path)
+    monkeypatch.setattr("podspan.agent.service.ServiceNames", lambda: names)
+    out = tmp_path / "spans"
+    tracer = FakeTracer(finish(netns=OWN_NETNS.stat().st_ino), finish(netns=1))
+    run(settings("--json", str(out)), tracer)
+    services = [span["localEndpoint"]["serviceName"] for span in read(out)]
+    assert services == ["reviews", "productpage"]
+
+
+def test_version_and_configuration_are_logged_first(caplog):
+    caplog.set_level(logging.INFO)
+    run(settings(), FakeTracer())
+    assert caplog.messages[0].startswith("podspan agent: version=")
+    assert "max_connections=16384" in caplog.messages[1]
+    assert "engine=kernel reason='self-test passed'" in caplog.messages[2]
+    assert caplog.messages[-1].startswith("ended: exchanges=0 spans=0")
+
+
+def test_warnings_of_the_tracer_are_logged(caplog):
+    run(settings(), FakeTracer(lambda tracer: tracer.on_warning("kprobe missing")))
+    assert caplog.messages == ["kprobe missing"]
+
+
+def test_losses_are_told_when_they_grow_and_summed_up_at_the_end(caplog, monkeypatch):
+    monkeypatch.setattr(service, "LOSSES_S", 0.0)
+
+    def lose(tracer):
+        tracer.lost["ring_full"] += 3
+
+    def nothing(tracer):
+        pass
+
+    run(settings(), FakeTracer(lose, nothing, lose, nothing))
+    assert caplog.messages == [
+        "lost: ring_full=3; since the start: ring_full=3",
+        "lost: ring_full=3; since the start: ring_full=6",
+        "lost altogether: ring_full=6",
+    ]
+
+
+def test_nothing_lost_is_not_a_warning(caplog):
+    losses = Losses(lambda: {"ring_full": 0})
+    losses.report()
+    losses.sum_up()
+    assert caplog.messages == []
+
+
+def test_a_dead_zipkin_is_a_warning_and_the_agent_goes_on(
+    caplog, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(service, "DRAIN_S", 0.2)
+    out = tmp_path / "spans"
+    tracer = FakeTracer(
+        finish(),
+        until(lambda _: "does not take spans" in caplog.text),
+        finish(),
+    )
+    argv = ["--zipkin", "http://127.0.0.1:9", "--json", str(out)]
+    assert run(settings(*argv), tracer) == 0
+    assert len(read(out)) == 2
+    assert caplog.text.count("does not take spans") == 1
+    assert "hint=" in caplog.text
+    assert "ended with spans unsent: spans=2" in caplog.text
+
+
+def test_a_late_task_is_not_made_up_for():
+    runs = []
+    task = Periodic(1.0, lambda: runs.append(1))
+    start_s = time.monotonic()
+    for now_s in (start_s + 0.5, start_s + 10, start_s + 10.5, start_s + 11.5):
+        task.run_if_due(now_s)
+    assert len(runs) == 2
+
+
+def test_no_root_is_the_first_thing_said(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(NoPrivilege) as caught:
+        run(settings())
+    assert "sudo" in caught.value.hint
+
+
+def test_no_bcc_is_the_second(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FeatureMissing, match="bcc") as caught:
+        run(settings())
+    assert "apt-get install python3-bpfcc" in caught.value.hint
+
+
+def test_a_missing_prerequisite_opens_no_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    out = tmp_path / "spans"
+    with pytest.raises(NoPrivilege):
+        run(replace(settings(), json=str(out)))
+    assert not out.exists()
+
+
+AGENT = """
+import sys
+sys.path.extend({path!r})
+from podspan.agent import service
+from podspan.agent.__main__ import main
+from unit.test_service import FakeTracer
+
+tracer = FakeTracer()
+tracer.ended = True  # no signal of its own
+service._kernel_tracer = lambda: tracer
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_as_a_process(tmp_path, number):
+    ready = tmp_path / "ready"
+    argv = ["agent", "--ready-file", str(ready)]
+    agent = subprocess.Popen(
+        [sys.executable, "-c", AGENT.format(path=sys.path), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline_s = time.monotonic() + 20
+        while not ready.exists():
+            assert agent.poll() is None, agent.communicate()
+            assert time.monotonic() < deadline_s
+            threading.Event().wait(0.01)
+        assert ready.read_text() == f"{agent.pid}\n"
+        agent.send_signal(number)
+        _, err = agent.communicate(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            agent.kill()
+        agent.wait()
+    assert agent.returncode == 0
+    assert "Traceback" not in err
+    assert not ready.exists()
