@@ -1,5 +1,6 @@
 """The demo's network and services on a real kernel, without the agent."""
 
+import fcntl
 import json
 import os
 import select
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,14 @@ def names_taken():
 
 def ratings_of(page):
     return page["answers"]["reviews"]["answers"]["ratings"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """Wait for another run of these tests: the names of the namespaces are fixed."""
+    with Path(__file__).open() as this_file:
+        fcntl.flock(this_file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="class")

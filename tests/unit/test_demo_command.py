@@ -7,7 +7,6 @@ from podspan.agent.demo import command
 from podspan.agent.errors import FeatureMissing, NoPrivilege, UsageError
 from podspan.agent.span import Endpoint, Span, zipkin_json
 
-
 SPAN = Span(
     trace_id="463ac35c9f6413ad48485a3953bb6124",
     span_id="000000000000000a",
