@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from io import TextIOWrapper
@@ -95,6 +95,9 @@ class OpenTracer(Protocol):
 
 def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
     """Trace until SIGTERM or SIGINT; return the exit code."""
+    if open_tracer is None:
+        open_tracer = _kernel_tracer()
+    ready_file = _ready_path(config)
     log.info(
         "podspan agent: version=%s kernel=%s pid=%d",
         version(),
@@ -104,21 +107,15 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
     log.info("config: %s", config.facts())
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_signals())
-        ready_file = _ready_path(config)
-        if open_tracer is None:
-            open_tracer = _kernel_tracer()
         exporters = _Exporters(stack, config)
         names = ServiceNames()
         clock = Clock()
         sink = Sink(names, clock, exporters)
-
-        netns = names.select(config.netns) if config.netns else None
-        if netns is not None and not netns:
-            log.warning("no namespace yet: netns=%s", ",".join(config.netns))
+        selection = Selection(names, config.netns)
         tracer = stack.enter_context(
             open_tracer(
                 max_connections=config.max_connections,
-                netns=netns,
+                netns=selection.netns,
                 on_exchange=sink.take,
                 on_warning=log.warning,
             )
@@ -126,39 +123,35 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         log.info("attached: engine=%s reason=%r", tracer.engine, tracer.engine_reason)
         losses = Losses(lambda: {**tracer.losses(), **exporters.losses()})
         stack.callback(losses.sum_up)
-
-        def select() -> None:
-            nonlocal netns
-            if netns is None:
-                return
-            selected = names.select(config.netns)
-            if selected != netns:
-                netns = selected
-                tracer.select(selected)
-                log.info("selected: namespaces=%d", len(selected))
-
-        due = [
+        tasks = [
             Periodic(HEARTBEAT_S, tracer.heartbeat),
             Periodic(EXPORT_TICK_S, exporters.tick),
-            Periodic(SELECT_S, select),
+            Periodic(SELECT_S, lambda: selection.follow(tracer.select)),
             Periodic(CLOCK_S, clock.refresh),
             Periodic(LOSSES_S, losses.report),
         ]
         tracer.heartbeat()
         if ready_file:
             stack.enter_context(_ready(ready_file))
-        while not stop:
-            tracer.poll(POLL_MS)
-            sink.hand_over()
-            now_s = time.monotonic()
-            for task in due:
-                task.run_if_due(now_s)
-        log.info("ending: signal=%s", stop[0])
-        # What finished before the signal is in the ring still.
-        tracer.poll(0)
-        sink.hand_over()
+        _loop(stop, tracer, sink, tasks)
     log.info("ended: exchanges=%d spans=%d %s", sink.exchanges, sink.spans, exporters)
     return 0
+
+
+def _loop(
+    stop: list[str], tracer: Tracer, sink: Sink, tasks: Sequence[Periodic]
+) -> None:
+    """Poll, and do what is due, until `stop` is not empty."""
+    while not stop:
+        tracer.poll(POLL_MS)
+        sink.hand_over()
+        now_s = time.monotonic()
+        for task in tasks:
+            task.run_if_due(now_s)
+    log.info("ending: signal=%s", stop[0])
+    # What finished before the signal is in the ring still.
+    tracer.poll(0)
+    sink.hand_over()
 
 
 class Sink:
@@ -252,6 +245,27 @@ class _Exporters:
             for name, exporter in self._by_name.items()
             for key, value in exporter.counters().items()
         )
+
+
+class Selection:
+    """The network namespaces that --netns names; None without it: all."""
+
+    def __init__(self, names: ServiceNames, patterns: tuple[str, ...]) -> None:
+        self._names = names
+        self._patterns = patterns
+        self.netns = names.select(patterns) if patterns else None
+        if self.netns is not None and not self.netns:
+            log.warning("no namespace yet: netns=%s", ",".join(patterns))
+
+    def follow(self, select: Callable[[frozenset[int]], None]) -> None:
+        """Look again; `select` what is there now if it is not what was."""
+        if self.netns is None:
+            return
+        netns = self._names.select(self._patterns)
+        if netns != self.netns:
+            self.netns = netns
+            select(netns)
+            log.info("selected: namespaces=%d", len(netns))
 
 
 class Periodic:
