@@ -1,0 +1,1 @@
+"""The agent's side of the kernel: the only importer of bcc."""

@@ -1,0 +1,1 @@
+"""The C programs, compiled on the node by bcc."""

@@ -1,0 +1,1 @@
+/* Named by bcc; nothing of it is used. See linux/kconfig.h. */

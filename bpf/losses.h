@@ -1,0 +1,29 @@
+/* losses: all that is skipped or lost, counted by reason.
+ *
+ * The agent reads the names from this file: LOSS_RING_FULL is `ring_full`.
+ */
+#ifndef PODSPAN_LOSSES_H
+#define PODSPAN_LOSSES_H
+
+enum loss {
+	LOSS_RING_FULL,		/* a finished exchange found no room in the ring buffer */
+	LOSS_CONNECTIONS_FULL,	/* a connection found no room in the table */
+	LOSS_THREADS_FULL,	/* a served exchange could not be linked to its thread */
+	LOSS_ENROL_FAILED,	/* a client socket could not enter the sockhash */
+	LOSS_REQUEST_UNPARSED,	/* not an HTTP/1 request, or not provably one */
+	LOSS_RESPONSE_UNPARSED,
+	LOSS_RESPONSE_UNASKED,	/* a response without a request */
+	LOSS_PIPELINED,		/* a request before the previous response began */
+	LOSS_BYTES_MISSED,	/* bytes passed by a way that no hook sees */
+	LOSS_BYTES_UNREADABLE,	/* an application's buffer was not in memory */
+	LOSS_PIECES,		/* more pieces in one call than the hooks can walk */
+	LOSS_INJECT_CUT,	/* the end of the head, or an id in it, was cut by sends */
+	LOSS_INJECT_MALFORMED,	/* B3 headers that do not parse: passed as they are */
+	LOSS_INJECT_BUFFER,	/* no proof that the send buffer takes all at once */
+	LOSS_INJECT_MEMORY,	/* the kernel could not make room in the message */
+	LOSS_INJECT_DROPPED,	/* and could not undo it: the send failed */
+	LOSS_LINK_AMBIGUOUS,	/* a thread serves several exchanges: no parent claimed */
+	LOSSES,
+};
+
+#endif

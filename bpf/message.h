@@ -1,0 +1,80 @@
+/* message: what to do when a head, or a whole message, has passed. Shared by the two
+ * ways in which bytes pass: sk_msg (request.c) and kprobes (bytes.c).
+ */
+#ifndef PODSPAN_MESSAGE_H
+#define PODSPAN_MESSAGE_H
+
+#include "context.h"
+
+static inline void forsake(struct connection *c, u32 reason)
+{
+	lose(reason);
+	c->scan[REQUEST].state = SCAN_OPAQUE;
+	c->scan[RESPONSE].state = SCAN_OPAQUE;
+}
+
+/* Bytes are about to be scanned. Returns whether they are worth it. */
+static inline int message_begins(struct connection *c, int is_response, u64 now)
+{
+	struct scanner *s = &c->scan[REQUEST];
+
+	if (is_response) {
+		if (c->scan[RESPONSE].state == SCAN_OPAQUE)
+			return 0;
+		if (!c->open) {
+			forsake(c, LOSS_RESPONSE_UNASKED);
+			return 0;
+		}
+		if (!c->response_first_ns)
+			c->response_first_ns = now;
+		c->response_last_ns = now;
+		return 1;
+	}
+	if (s->state == SCAN_OPAQUE)
+		return 0;
+	if (s->state == SCAN_START) {
+		if (c->open) {
+			if (!c->response_first_ns) {
+				c->open = 0;
+				forsake(c, LOSS_PIPELINED);
+				return 0;
+			}
+			finish(c, END_NEXT_REQUEST);
+			scan_next(&c->scan[RESPONSE]);
+		}
+		c->request_first_ns = now;
+		__builtin_memset(&c->text, 0, sizeof(c->text));
+		c->request_bytes = 0;
+		c->response_bytes = 0;
+		c->response_first_ns = 0;
+	}
+	c->request_last_ns = now;
+	return 1;
+}
+
+/* A response's head is complete. */
+static inline void response_head(struct connection *c)
+{
+	struct scanner *s = &c->scan[RESPONSE];
+	u16 status = s->status;
+	u32 method = *(u32 *)c->text.method;
+	int is_head = method == ('H' | 'E' << 8 | 'A' << 16 | 'D' << 24) &&
+		      !c->text.method[4];
+
+	if (status < 200 && status != 101) {
+		/* Interim: the response proper is still to come. */
+		scan_next(s);
+		c->response_first_ns = 0;
+		return;
+	}
+	c->status = status;
+	if (status == 101) {
+		finish(c, END_COMPLETE);
+		c->scan[REQUEST].state = SCAN_OPAQUE;
+		s->state = SCAN_OPAQUE;
+		return;
+	}
+	scan_body(s, is_head || status == 204 || status == 304);
+}
+
+#endif
