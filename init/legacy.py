@@ -189,6 +189,9 @@ def _table(family: Family, name: str, what: str) -> Iterator[Any]:
     with _lock():
         try:
             kind = iptc.Table if family is Family.IPV4 else iptc.Table6
+            # Else a rule's first jump looks for its chain in all tables of the kernel,
+            # and so makes them in this namespace, for good.
+            kind.existing_table_names.update({each: each == name for each in kind.ALL})
             table = kind(name, autocommit=False)
             table.refresh()  # the object is shared in this process, and may be old
             yield table

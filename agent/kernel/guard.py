@@ -82,7 +82,11 @@ class Guard:
         self._write()
 
     def unpin(self) -> None:
-        """Remove the pins; rules that hold the program go on without a heartbeat."""
+        """Remove the pins, for uninstalling; rules that hold the program go on.
+
+        A legacy table is looked at anew at every write, pinned paths included: in a pod
+        whose legacy rules name the guard only `podspan init clean` can then write.
+        """
         for name in (PROGRAM, STATES):
             (self._pin_dir / name).unlink(missing_ok=True)
         with suppress(OSError):  # another podspan object is pinned there
