@@ -150,7 +150,7 @@ def newest_image(metapackage: str) -> str:
 
 
 def refresh_lists() -> None:
-    """Run `apt-get update` where we may; lists may be absent, or older than the pool."""
+    """Run `apt-get update` where we may: lists may be absent, or outdated."""
     if os.geteuid() == 0:
         subprocess.run(["apt-get", "-qq", "update"], stdout=sys.stderr, check=False)
 
