@@ -21,7 +21,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from podspan.agent.demo.bookinfo import CLIENT, SERVICES
-from podspan.agent.demo.processes import Child, call_page, start_services
+from podspan.agent.demo.processes import (
+    STOP_SIGNALS,
+    Child,
+    call_page,
+    start,
+    start_services,
+)
 from podspan.agent.demo.topology import Topology, topology
 from podspan.agent.demo.verify import HALVES, complaints, missing
 from podspan.agent.errors import FeatureMissing, NoPrivilege, PodspanError, UsageError
@@ -121,7 +127,7 @@ def _stoppable() -> Iterator[None]:
     # What is ignored from the start (nohup, a shell's background job) stays ignored.
     numbers = [
         number
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for number in STOP_SIGNALS
         if signal.getsignal(number) is not signal.SIG_IGN
     ]
 
@@ -157,7 +163,7 @@ def _start_agent(
         command += ["--netns", name]
 
     _say("starting the agent")
-    child = stack.enter_context(Child("the agent", command))
+    child = start(stack, "the agent", command)
     if not _until(ready.exists, child, AGENT_READY_S):
         raise child.failure(f"was not ready within {AGENT_READY_S} s")
     return Agent(child, spans)
@@ -168,12 +174,11 @@ def _init(pods: Topology) -> None:
     _say("podspan init apply in each pod, then the services")
     with ExitStack() as stack:
         steps = [
-            stack.enter_context(
-                Child(
-                    f"podspan init in {name}",
-                    _podspan("init", "apply"),
-                    pod=pods[name],
-                )
+            start(
+                stack,
+                f"podspan init in {name}",
+                _podspan("init", "apply"),
+                pod=pods[name],
             )
             for name in SERVICES
         ]

@@ -25,6 +25,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Between the request to stop and the kill: an agent detaches its programs meanwhile.
 STOP_S = 20
 
+SignalMask = set[int | signal.Signals]
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -32,8 +34,24 @@ class ProcessError(PodspanError):
     """A process of the demo ended, or did not do what it was started for."""
 
 
+# What ends the demo.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def start(
+    stack: ExitStack, name: str, command: Sequence[str], *, pod: Pod | None = None
+) -> Child:
+    """Start a process that ends with the stack, or when this process dies."""
+    # A signal between the start and the entry on the stack would orphan the child.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return stack.enter_context(Child(name, command, pod, mask))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 class Child:
-    """A process that ends with its `with` block, or when this process dies.
+    """A process that `start` started.
 
     What it says on stdout is read here, what it says on stderr is kept to be told if
     it fails. It is in a process group of its own: Ctrl-C reaches this process
@@ -41,13 +59,13 @@ class Child:
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], *, pod: Pod | None = None
+        self, name: str, command: Sequence[str], pod: Pod | None, mask: SignalMask
     ) -> None:
         self.name = name
         # A file, because a full pipe would stop a process whose stderr nobody reads.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         try:
-            self._process = _spawn(command, self._stderr, pod)
+            self._process = _spawn(command, self._stderr, pod, mask)
         except (OSError, subprocess.SubprocessError) as exc:
             self._stderr.close()
             raise ProcessError(f"{name} cannot be started: {exc}") from exc
@@ -128,7 +146,7 @@ class Child:
 
 
 def _spawn(
-    command: Sequence[str], stderr: IO[bytes], pod: Pod | None
+    command: Sequence[str], stderr: IO[bytes], pod: Pod | None, mask: SignalMask
 ) -> subprocess.Popen[bytes]:
     with ExitStack() as stack:
         namespace = stack.enter_context(pod.path.open("rb")) if pod else None
@@ -139,11 +157,11 @@ def _spawn(
             stderr=stderr,
             process_group=0,
             # Safe: no other thread of ours runs while children are started.
-            preexec_fn=_prologue(namespace),  # noqa: PLW1509
+            preexec_fn=_prologue(namespace, mask),  # noqa: PLW1509
         )
 
 
-def _prologue(namespace: BinaryIO | None) -> Callable[[], None]:
+def _prologue(namespace: BinaryIO | None, mask: SignalMask) -> Callable[[], None]:
     """Return what the child does between fork and exec."""
     parent = os.getpid()
 
@@ -154,6 +172,7 @@ def _prologue(namespace: BinaryIO | None) -> Callable[[], None]:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # it died before the line above
             os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     return run
 
@@ -171,8 +190,7 @@ def start_services(
 ) -> list[Child]:
     """Start all services, return when all listen; they end with the stack."""
     children = [
-        stack.enter_context(_python(service, pods, ipv6=ipv6))
-        for service in SERVICES.values()
+        _start_python(stack, service, pods, ipv6=ipv6) for service in SERVICES.values()
     ]
     for child in children:
         child.wait_for("ready", START_S)
@@ -188,13 +206,15 @@ def call_page(
 ) -> Any:
     """Let the client call productpage, by default without any context."""
     extra = [f"{name}={value}" for name, value in headers.items()]
-    client = _python(CLIENT, pods, *extra, ipv6=ipv6)
-    return json.loads(stack.enter_context(client).output(CALL_S))
+    client = _start_python(stack, CLIENT, pods, *extra, ipv6=ipv6)
+    return json.loads(client.output(CALL_S))
 
 
-def _python(service: Service, pods: Topology, *extra: str, ipv6: bool) -> Child:
+def _start_python(
+    stack: ExitStack, service: Service, pods: Topology, *extra: str, ipv6: bool
+) -> Child:
     addresses = [
         f"{callee}={pods[callee].address(ipv6=ipv6)}" for callee in service.calls
     ]
     command = [sys.executable, "-m", SERVICE_MODULE, service.name, *addresses, *extra]
-    return Child(service.name, command, pod=pods[service.name])
+    return start(stack, service.name, command, pod=pods[service.name])
