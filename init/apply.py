@@ -68,7 +68,10 @@ def clean() -> None:
 
 
 def refuse_host() -> None:
-    """Raise in the host's network namespace: rules here would redirect the node."""
+    """Raise in the host's network namespace: rules here would redirect the node.
+
+    Blind: a node that is itself a container (kind) has a namespace like any pod's.
+    """
     if INIT_NET_MARK.exists():
         raise RedirectError(
             "this is the host's network namespace, podspan init is for a pod's",
