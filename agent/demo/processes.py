@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType, TracebackType
 from typing import IO, Any, BinaryIO
 
@@ -24,8 +24,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Between the request to stop and the kill: an agent detaches its programs meanwhile.
 STOP_S = 20
-
-SignalMask = set[int | signal.Signals]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -43,11 +41,29 @@ def start(
 ) -> Child:
     """Start a process that ends with the stack, or when this process dies."""
     # A signal between the start and the entry on the stack would orphan the child.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    with _signals_deferred():
+        return stack.enter_context(Child(name, command, pod))
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Deliver the signals that end the demo afterwards.
+
+    Not by a mask: a thread that is just ending may have none and take the signal.
+    """
+    pending: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: pending.append(number))
+        for number in STOP_SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
-        return stack.enter_context(Child(name, command, pod, mask))
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in pending:
+            signal.raise_signal(number)
 
 
 class Child:
@@ -58,14 +74,12 @@ class Child:
     only, which then ends its children in order.
     """
 
-    def __init__(
-        self, name: str, command: Sequence[str], pod: Pod | None, mask: SignalMask
-    ) -> None:
+    def __init__(self, name: str, command: Sequence[str], pod: Pod | None) -> None:
         self.name = name
         # A file, because a full pipe would stop a process whose stderr nobody reads.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         try:
-            self._process = _spawn(command, self._stderr, pod, mask)
+            self._process = _spawn(command, self._stderr, pod)
         except (OSError, subprocess.SubprocessError) as exc:
             self._stderr.close()
             raise ProcessError(f"{name} cannot be started: {exc}") from exc
@@ -146,7 +160,7 @@ class Child:
 
 
 def _spawn(
-    command: Sequence[str], stderr: IO[bytes], pod: Pod | None, mask: SignalMask
+    command: Sequence[str], stderr: IO[bytes], pod: Pod | None
 ) -> subprocess.Popen[bytes]:
     with ExitStack() as stack:
         namespace = stack.enter_context(pod.path.open("rb")) if pod else None
@@ -157,11 +171,11 @@ def _spawn(
             stderr=stderr,
             process_group=0,
             # Safe: no other thread of ours runs while children are started.
-            preexec_fn=_prologue(namespace, mask),  # noqa: PLW1509
+            preexec_fn=_prologue(namespace),  # noqa: PLW1509
         )
 
 
-def _prologue(namespace: BinaryIO | None, mask: SignalMask) -> Callable[[], None]:
+def _prologue(namespace: BinaryIO | None) -> Callable[[], None]:
     """Return what the child does between fork and exec."""
     parent = os.getpid()
 
@@ -172,7 +186,6 @@ def _prologue(namespace: BinaryIO | None, mask: SignalMask) -> Callable[[], None
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # it died before the line above
             os._exit(1)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     return run
 
