@@ -62,8 +62,8 @@ def _signals_deferred() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in pending:
-            signal.raise_signal(number)
+        for deferred in pending:
+            signal.raise_signal(deferred)
 
 
 class Child:
