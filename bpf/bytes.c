@@ -189,6 +189,8 @@ static inline void at_end_of_file(struct connection *c, void *sk)
 						       OFFSET(sk_buff_head, qlen));
 	if (!(shutdown & RCV_SHUTDOWN) || queued || !c->open || c->role != ROLE_CLIENT)
 		return;
+	if (c->scan[RESPONSE].state != SCAN_UNTIL_EOF)
+		c->response_last_ns = bpf_ktime_get_ns();
 	finish(c, c->scan[RESPONSE].state == SCAN_UNTIL_EOF ? END_EOF : END_CLOSED_THERE);
 	c->scan[RESPONSE].state = SCAN_OPAQUE;
 }

@@ -63,6 +63,8 @@ static inline void close_exchange(struct connection *c, void *sk)
 		end = END_CLOSED_THERE;
 	else
 		end = END_CLOSED_HERE;
+	if (end != END_EOF)
+		c->response_last_ns = bpf_ktime_get_ns();
 	finish(c, end);
 }
 

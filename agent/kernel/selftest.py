@@ -94,10 +94,13 @@ def _edge_triggered(client: socket.socket, server: socket.socket) -> None:
 
 
 def _insertion(client: socket.socket, server: socket.socket) -> None:
-    """Into the middle of a message, and at the very end of the next."""
+    """Into the middle of a message."""
     head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 65536\r\n\r\n"
     _in_background(client.sendall, head + BODY)
     _expect_injected(server, head, BODY)
+
+
+def _insertion_at_end(client: socket.socket, server: socket.socket) -> None:
     head = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
     client.sendall(head)
     _expect_injected(server, head, b"")
@@ -125,7 +128,15 @@ def _sendfile(client: socket.socket, server: socket.socket) -> None:
         _expect_injected(server, head, BODY)
 
 
-TRIALS = (_fionread, _echo, _edge_triggered, _insertion, _pieces, _sendfile)
+TRIALS = (
+    _fionread,
+    _echo,
+    _edge_triggered,
+    _insertion,
+    _insertion_at_end,
+    _pieces,
+    _sendfile,
+)
 
 
 def _expect(what: str, got: object, wanted: object) -> None:

@@ -37,6 +37,9 @@ SETTINGS = {
     "MAX_THREADS": 16384,
 }
 
+# Exchanges handed over by one poll: the heartbeat waits no longer than that takes.
+POLL_MAX = 8192
+
 POLICY_NONE, POLICY_TRACE, POLICY_ENROL = 0, 1, 2
 
 # Kernel function, our program. All are exported or called across files: not inlined.
@@ -181,6 +184,9 @@ class Tracer:
         self._on_exchange = on_exchange
         self._on_warning = on_warning
         self._stack = ExitStack()
+        self._taken = 0
+        self._trying = False
+        self._losses_of_trial: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         """Load, try, attach; on failure nothing stays behind."""
@@ -189,13 +195,13 @@ class Tracer:
             stack.callback(self._programs.close)
             self._own_netns = os.stat("/proc/self/ns/net").st_ino
             self._programs.set_policy(self._own_netns, POLICY_NONE)
+            self._ring = self._programs.bpf[b"exchanges"]
+            self._ring.open_ring_buffer(self._take)
             self._programs.attach_requests()
             self._try_requests()
             self._programs.attach_kprobes()
             self._guard = Guard.open()
             stack.callback(self._guard.close)
-            self._ring = self._programs.bpf[b"exchanges"]
-            self._ring.open_ring_buffer(self._take)
             self._selected: frozenset[int] = frozenset()
             if self._netns is None:
                 self._programs.set_other_policy(self._policy)
@@ -219,6 +225,7 @@ class Tracer:
         The kernel wakes nobody per record: a call does not pay for waking the agent.
         """
         time.sleep(timeout_ms / 1000)
+        self._taken = 0
         self._programs.bpf.ring_buffer_consume()
 
     def heartbeat(self) -> None:
@@ -235,7 +242,10 @@ class Tracer:
 
     def losses(self) -> dict[str, int]:
         """Return what was lost since the start, by reason."""
-        return self._programs.losses()
+        return {
+            reason: count - self._losses_of_trial[reason]
+            for reason, count in self._programs.losses().items()
+        }
 
     @property
     def _policy(self) -> int:
@@ -251,6 +261,11 @@ class Tracer:
         fault = selftest.find_fault(trace)
         for netns in tried:
             self._programs.set_policy(netns, None)
+        # What the self-test did is nobody's traffic.
+        self._trying = True
+        self._programs.bpf.ring_buffer_consume()
+        self._trying = False
+        self._losses_of_trial = self._programs.losses()
         if fault is None:
             self.engine, self.engine_reason = "kernel", "self-test passed"
         else:
@@ -259,8 +274,13 @@ class Tracer:
                 f"no header is written into requests: self-test failed: {fault}"
             )
 
-    def _take(self, _context: object, data: int, _size: int) -> None:
+    def _take(self, _context: object, data: int, _size: int) -> int:
+        if self._trying:
+            return 0
         self._on_exchange(Exchange.from_kernel(self._ring.event(data)))
+        self._taken += 1
+        # libbpf reads on while records come; a negative answer ends that.
+        return -1 if self._taken >= POLL_MAX else 0
 
 
 def cgroup_root(mounts: Path = Path("/proc/self/mounts")) -> str:
