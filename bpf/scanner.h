@@ -201,6 +201,7 @@ static inline struct scan_entry *scan_lookup(struct scan_name *name);
 /* What was stored comes back as an unknown number: the verifier, which has followed
  * each way here, sees that they are one from now on. */
 #define scan_merge() asm volatile("" ::: "memory")
+#define scan_forget(number) asm volatile("" : "+r"(number))
 
 static inline void scan_keep(struct scanner *s, u8 *text, u8 c)
 {
@@ -251,10 +252,15 @@ static inline void scan_value_ends(struct scanner *s)
 static inline void scan_byte(const struct scan_table *t, struct scanner *s, u8 *text, u8 c)
 {
 	u32 index = (s->state & SCAN_STATES_MASK) * 32 + (t->classes[c] & 31);
-	u8 action = t->cells[index].action, at;
+	const struct scan_cell *cell;
+	u8 action, at;
 	u64 length;
 
-	s->state = t->cells[index].state;
+	/* 6.1's verifier loses the bounds that the compiler knows, and masks away. */
+	scan_forget(index);
+	cell = &t->cells[index & (64 * 32 - 1)];
+	action = cell->action;
+	s->state = cell->state;
 	if (++s->head_bytes > HEAD_MAX && s->state <= SCAN_END_LF) {
 		s->state = SCAN_OPAQUE;
 		return;
