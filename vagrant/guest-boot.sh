@@ -23,14 +23,19 @@ mkdir /state/machine /state/upper /state/work /state/root
 mount -t 9p -o version=9p2000.L,trans=virtio,msize=512000,cache=loose machine /state/machine
 mount -t overlay -o lowerdir=/state/machine,upperdir=/state/upper,workdir=/state/work \
 	root /state/root
+
+# Before the checkout, which may lie in one of them.
+mount -t tmpfs -o mode=0755 run /state/root/run
+mount -t tmpfs -o mode=1777 tmp /state/root/tmp
+mkdir -p "/state/root$CHECKOUT"
 mount --bind "/state/machine$CHECKOUT" "/state/root$CHECKOUT"
 
 # The package's modules, where modprobe looks for them.
 mkdir -p /state/root/lib/modules
 mount -t tmpfs modules /state/root/lib/modules
-ln -s "$MODULES" /state/root/lib/modules/
+mkdir "/state/root/lib/modules/$VERSION"
+mount --bind "/state/machine$MODULES" "/state/root/lib/modules/$VERSION"
 
-mount -t tmpfs -o mode=0755 run /state/root/run
 cp /settings /command /guest-run.sh /state/root/run/
 umount /proc /dev
 trap - EXIT
