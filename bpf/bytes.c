@@ -1,11 +1,12 @@
 /* bytes: what traced sockets send and receive, apart from what request.c sees.
  *
- * Hooks: kprobes on tcp_sendmsg, tcp_recvmsg and tcp_cleanup_rbuf. The last is called
- *        within tcp_recvmsg when data has been copied, in the reader's context: no
- *        kretprobe, whose instances run out while readers block.
+ * Hooks: kprobes on tcp_sendmsg, tcp_sendpage (before 6.5), tcp_recvmsg and
+ *        tcp_cleanup_rbuf. The last is called within tcp_recvmsg when data has been
+ *        copied, in the reader's context: no kretprobe, whose instances run out while
+ *        readers block.
  * Cost:  a table look-up per send and receive of the node; some ten instructions per
  *        head byte of a traced pod, none per body byte.
- * Blind: bytes that pass by sendfile or splice; their number is seen at the next call.
+ * Blind: what bytes say that pass by sendfile or splice; they can only be body.
  *
  * Positions are TCP sequence numbers (write_seq, copied_seq): a partial send that is
  * sent again is seen once, and a missed probe is noticed.
@@ -123,7 +124,7 @@ static inline void take(struct pt_regs *ctx, struct connection *c, struct walk *
 	bytes_steps.call(ctx, STEP_WALK);
 }
 
-int send_entry(struct pt_regs *ctx, void *sk, void *msg, u64 size)
+static inline void sends(struct pt_regs *ctx, void *sk, void *msg, u64 size)
 {
 	u64 key = (u64)sk;
 	u32 zero = 0, write_seq = 0;
@@ -133,25 +134,41 @@ int send_entry(struct pt_regs *ctx, void *sk, void *msg, u64 size)
 	s32 missed;
 
 	if (!c || !w || c->enrolled || !size)
-		return 0;
+		return;
 	is_response = c->role == ROLE_SERVER;
 	KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
 	missed = write_seq - c->send_seq;
 	if (missed > 0 && !catch_up(c, is_response, missed))
-		return 0;
+		return;
 	w->ignore = 0;
 	if (missed < 0)
 		w->ignore = -missed;	/* sent again after a partial send */
 	if (w->ignore >= size)
-		return 0;
+		return;
 	c->send_seq = write_seq + size;
 	w->now_ns = bpf_ktime_get_ns();
 	w->thread = bpf_get_current_pid_tgid();
 	w->left = size;
-	find_buffers(&w->buffers, msg);
+	if (msg)
+		find_buffers(&w->buffers, msg);
+	else
+		__builtin_memset(&w->buffers, 0, sizeof(w->buffers));
 	take(ctx, c, w, is_response);
+}
+
+int send_entry(struct pt_regs *ctx, void *sk, void *msg, u64 size)
+{
+	sends(ctx, sk, msg, size);
 	return 0;
 }
+
+/* sendfile and splice, until 6.5 made them a tcp_sendmsg of pages (c5c37af6ecad). */
+int sendpage_entry(struct pt_regs *ctx, void *sk, void *page, int offset, u64 size)
+{
+	sends(ctx, sk, 0, size);
+	return 0;
+}
+
 
 int receive_entry(struct pt_regs *ctx, void *sk, void *msg, u64 size, u64 fourth, u64 fifth)
 {
@@ -198,7 +215,7 @@ static inline void at_end_of_file(struct connection *c, void *sk)
 int receive_copied(struct pt_regs *ctx, void *sk, int copied)
 {
 	u64 key = (u64)sk, thread;
-	u32 zero = 0, copied_seq = 0, seen;
+	u32 zero = 0, copied_seq = 0, write_seq = 0, seen;
 	struct connection *c = connections.lookup(&key);
 	struct walk *w = walks.lookup(&zero);
 	struct receive *r;
@@ -226,6 +243,16 @@ int receive_copied(struct pt_regs *ctx, void *sk, int copied)
 	if (missed > 0 && !catch_up(c, is_response, missed))
 		return 0;
 	c->recv_seq = copied_seq;
+	if (!is_response && c->open) {
+		/* A response that no hook saw to its end has ended all the same. */
+		KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
+		missed = write_seq - c->send_seq;
+		if (missed > 0 && c->role == ROLE_SERVER) {
+			c->send_seq = write_seq;
+			if (!catch_up(c, 1, missed))
+				return 0;
+		}
+	}
 	w->buffers = r->buffers;
 	w->ignore = seen;
 	w->left = copied;

@@ -87,7 +87,7 @@ def load(name: str, settings: Mapping[str, int] | None = None) -> BPF:
     os.environ["BCC_KERNEL_SOURCE"] = str(SOURCES / "headers")
     flags = [f"-D{define}={value}" for define, value in defines.items()]
     try:
-        return BPF(text=source, cflags=[*flags, "-Wno-unused-function"])
+        return BPF(text=source.encode(), cflags=[*flags, "-Wno-unused-function"])
     except Exception as exc:  # bcc has no exception type of its own
         raise ProgramRejected(
             f"cannot compile bpf/{name}: {exc}",

@@ -42,11 +42,12 @@ POLL_MAX = 8192
 
 POLICY_NONE, POLICY_TRACE, POLICY_ENROL = 0, 1, 2
 
-# Kernel function, our program. All are exported or called across files: not inlined.
+# Kernel function, our program, whether every kernel has it.
 KPROBES = (
-    (b"tcp_sendmsg", b"send_entry"),
-    (b"tcp_recvmsg", b"receive_entry"),
-    (b"tcp_cleanup_rbuf", b"receive_copied"),
+    (b"tcp_sendmsg", b"send_entry", True),
+    (b"tcp_sendpage", b"sendpage_entry", False),
+    (b"tcp_recvmsg", b"receive_entry", True),
+    (b"tcp_cleanup_rbuf", b"receive_copied", True),
 )
 
 TEMPLATE = (
@@ -100,7 +101,9 @@ class Programs:
                 hint="podspan needs CONFIG_KPROBES=y and CONFIG_KPROBE_EVENTS=y; "
                 "stock distribution kernels have both",
             )
-        for function, name in KPROBES:
+        for function, name, everywhere in KPROBES:
+            if not everywhere and self.bpf.ksymname(function) < 0:
+                continue
             try:
                 self.bpf.attach_kprobe(event=function, fn_name=name)
             except Exception as exc:  # bcc has no exception type of its own

@@ -1,0 +1,285 @@
+"""Traces of real calls: whole, correlated, timed, and never under a wrong parent."""
+
+import threading
+import time
+from collections import Counter
+
+from vm.conftest import (
+    BACK,
+    CLIENT,
+    FRONT,
+    Agent,
+    Request,
+    Server,
+    connected,
+    fetch,
+    head_of,
+    headers_of,
+    read_response,
+    serving,
+)
+
+CALLS = 23
+THREADS = 8
+CALLS_PER_THREAD = 6
+
+
+def by_kind(spans: list[dict]) -> tuple[list[dict], list[dict]]:
+    return (
+        [span for span in spans if span["kind"] == "CLIENT"],
+        [span for span in spans if span["kind"] == "SERVER"],
+    )
+
+
+def test_23_calls_give_46_spans_whose_ids_are_on_the_wire(agent: Agent) -> None:
+    # Late: under emulation scapy takes many seconds to import.
+    from scapy.layers.inet import TCP  # noqa: PLC0415
+    from scapy.sendrecv import AsyncSniffer  # noqa: PLC0415
+
+    with serving(FRONT) as server:
+        listening = threading.Event()
+        with FRONT.inside():
+            sniffer = AsyncSniffer(
+                iface="to-client",
+                lfilter=lambda packet: TCP in packet and packet[TCP].payload,
+                started_callback=listening.set,
+                store=True,
+            )
+            sniffer.start()
+            assert listening.wait(60)
+        with connected(server) as sock:
+            for i in range(CALLS):
+                sock.sendall(head_of(server, f"/twenty-three/{i}"))
+                read_response(sock)
+        spans = agent.spans_of("/twenty-three/", server)
+        packets = sniffer.stop()
+
+    assert len(spans) == 2 * CALLS
+    clients, servers = by_kind(spans)
+    ids = {
+        (span["traceId"], span["id"], span["tags"]["guid:x-request-id"])
+        for span in clients
+    }
+    assert len(ids) == CALLS
+    assert ids == {
+        (span["traceId"], span["id"], span["tags"]["guid:x-request-id"])
+        for span in servers
+    }
+    assert all(span["shared"] for span in servers)
+    assert not any("shared" in span or "parentId" in span for span in clients)
+
+    seen = [request for request in server.requests if "twenty" in request.path]
+    assert ids == {context_of(request.headers) for request in seen}
+    assert all(request.headers["x-b3-sampled"] == "1" for request in seen)
+
+    wire = b"".join(bytes(packet[TCP].payload) for packet in packets)
+    heads = [head.partition(b"GET /twenty") for head in wire.split(b"\r\n\r\n")]
+    on_wire = {context_of(headers_of(head)) for _, begin, head in heads if begin}
+    assert on_wire == ids
+
+
+def context_of(headers: dict[str, str]) -> tuple[str, str, str]:
+    return (
+        headers["x-b3-traceid"],
+        headers["x-b3-spanid"],
+        headers["x-request-id"],
+    )
+
+
+def test_a_server_that_sleeps_50_ms_gives_50_to_60_ms(agent: Agent) -> None:
+    def sleepy(request: Request) -> bytes:
+        if "sleep" in request.path:
+            time.sleep(0.050)
+        return b"HTTP/1.1 204 No Content\r\n\r\n"
+
+    with serving(FRONT, sleepy) as server:
+        with connected(server) as sock:
+            for i in range(5):
+                sock.sendall(head_of(server, f"/sleep/{i}"))
+                read_response(sock, bodiless=True)
+        spans = agent.spans_of("/sleep/", server)
+
+    clients, servers = by_kind(spans)
+    assert len(clients) == len(servers) == 5
+    took = {span["id"]: span["duration"] for span in servers}
+    for span in clients:
+        assert 50_000 <= took[span["id"]] <= span["duration"], spans
+    # The middle one of five: a busy emulator delays single calls.
+    for half in (clients, servers):
+        assert sorted(span["duration"] for span in half)[2] <= 60_000, spans
+
+
+def test_eight_threads_never_get_another_calls_parent(agent: Agent) -> None:
+    with serving(BACK) as back:
+
+        def forward(request: Request) -> bytes:
+            if "marker" not in request.path:
+                with connected(back, FRONT) as sock:
+                    sock.sendall(head_of(back, request.path))
+                    read_response(sock)
+            return b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+
+        with serving(FRONT, forward) as front:
+
+            def call(thread: int) -> None:
+                with connected(front) as sock:
+                    for i in range(CALLS_PER_THREAD):
+                        sock.sendall(head_of(front, f"/parallel/{thread}-{i}"))
+                        read_response(sock)
+
+            threads = [
+                threading.Thread(target=call, args=(n,)) for n in range(THREADS)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            spans = agent.spans_of("/parallel/", front)
+
+    calls = THREADS * CALLS_PER_THREAD
+    assert len(spans) == 4 * calls
+    by_call: dict[str, list[dict]] = {}
+    for span in spans:
+        path = span["tags"]["http.url"].rpartition("/")[2]
+        by_call.setdefault(path, []).append(span)
+    assert len(by_call) == calls
+    for path, four in by_call.items():
+        roots = [s for s in four if s["kind"] == "CLIENT" and "parentId" not in s]
+        assert len(roots) == 1, (path, four)
+        (root,) = roots
+        inner = [s for s in four if s["kind"] == "CLIENT" and "parentId" in s]
+        assert [s["parentId"] for s in inner] == [root["id"]], (path, four)
+        assert {s["traceId"] for s in four} == {root["traceId"]}, (path, four)
+        assert inner[0]["tags"]["podspan.link"] == "thread"
+        kinds = Counter((s["id"], s["kind"]) for s in four)
+        assert len(kinds) == 4, (path, four)
+        assert len({s["tags"]["guid:x-request-id"] for s in four}) == 1
+
+
+def test_an_application_that_forwards_its_headers_keeps_the_trace(
+    agent: Agent,
+) -> None:
+    names = ("x-request-id", "x-b3-traceid", "x-b3-spanid", "x-b3-parentspanid")
+    with serving(BACK) as back:
+
+        def forward(request: Request) -> bytes:
+            if "marker" not in request.path:
+                lines = [
+                    f"{name}: {value}"
+                    for name, value in request.headers.items()
+                    if name in (*names, "x-b3-sampled")
+                ]
+                with connected(back, FRONT) as sock:
+                    sock.sendall(head_of(back, request.path, *lines))
+                    read_response(sock)
+            return b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+
+        with serving(FRONT, forward) as front:
+            fetch(front, "/forwarded/1")
+            spans = agent.spans_of("/forwarded/", front)
+
+    clients, servers = by_kind(spans)
+    (root,) = [span for span in clients if "parentId" not in span]
+    (inner,) = [span for span in clients if "parentId" in span]
+    assert inner["parentId"] == root["id"]
+    assert inner["tags"]["podspan.link"] == "header"
+    assert {span["id"] for span in servers} == {root["id"], inner["id"]}
+    assert {span["traceId"] for span in spans} == {root["traceId"]}
+    (seen,) = back.requests
+    assert seen.headers["x-b3-spanid"] == inner["id"]
+    assert seen.headers["x-b3-parentspanid"] == root["id"]
+    assert seen.head.count(b"x-b3-spanid") == 1
+
+
+def test_an_unsampled_call_is_passed_on_and_not_recorded(agent: Agent) -> None:
+    with serving(FRONT) as server:
+        with connected(server) as sock:
+            sock.sendall(head_of(server, "/unsampled/1", "x-b3-sampled: 0"))
+            read_response(sock)
+        assert agent.spans_of("/unsampled/", server) == []
+    seen = server.requests[0]
+    assert seen.headers["x-b3-sampled"] == "0"
+    assert len(seen.headers["x-b3-traceid"]) == 32
+
+
+def test_ipv6(agent: Agent) -> None:
+    with serving(FRONT, address=FRONT.ipv6) as server:
+        fetch(server, "/v6/1")
+        spans = agent.spans_of("/v6/", server)
+    clients, servers = by_kind(spans)
+    assert [span["id"] for span in clients] == [span["id"] for span in servers]
+    assert clients[0]["remoteEndpoint"]["ipv6"] == FRONT.ipv6
+    assert clients[0]["localEndpoint"]["ipv6"] == CLIENT.ipv6
+    assert servers[0]["remoteEndpoint"]["ipv6"] == CLIENT.ipv6
+    assert servers[0]["localEndpoint"]["port"] == server.port
+
+
+def test_a_socket_closed_in_mid_response_gives_error_spans(agent: Agent) -> None:
+    def broken(request: Request) -> bytes:
+        if "broken" not in request.path:
+            return b"HTTP/1.1 204 No Content\r\n\r\n"
+        request.sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\nhalf")
+        request.sock.close()
+        raise ConnectionError
+
+    with serving(FRONT, broken) as server:
+        assert fetch(server, "/broken/1").endswith(b"half")
+        spans = agent.spans_of("/broken/", server)
+    clients, servers = by_kind(spans)
+    assert [span["id"] for span in clients] == [span["id"] for span in servers]
+    assert clients[0]["tags"]["error"] == servers[0]["tags"]["error"] == "true"
+    assert clients[0]["tags"]["podspan.end"] == "closed-there"
+    assert servers[0]["tags"]["podspan.end"] == "closed-here"
+    assert clients[0]["tags"]["response_size"] == "4"
+    assert clients[0]["tags"]["http.status_code"] == "200"
+
+
+def chatter(server: Server, stop: threading.Event, failures: list[str]) -> int:
+    """Call on one connection until told to stop; each answer is checked."""
+    done = 0
+    with connected(server) as sock:
+        while not stop.is_set():
+            path = f"/chatter/{done}"
+            try:
+                sock.sendall(head_of(server, path))
+                answer = read_response(sock)
+            except OSError as exc:
+                failures.append(f"{path}: {exc}")
+                break
+            if not answer.endswith(path.encode()):
+                failures.append(f"{path}: {answer!r}")
+            done += 1
+    return done
+
+
+def test_killing_the_agent_under_load_fails_no_call(agent: Agent) -> None:
+    stop = threading.Event()
+    failures: list[str] = []
+    counts: list[int] = []
+    with serving(FRONT) as server:
+        fetch(server, "/before-the-kill/1")
+
+        def load() -> None:
+            counts.append(chatter(server, stop, failures))
+
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            served = len(server.requests)
+            while len(server.requests) < served + 50:
+                time.sleep(0.01)
+            agent.kill()
+            served = len(server.requests)
+            while len(server.requests) < served + 200:
+                time.sleep(0.01)
+            # And new connections work as well.
+            assert fetch(server, "/after-the-kill/1").endswith(b"/after-the-kill/1")
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert failures == []
+    assert sum(counts) >= 250
+    untraced = [r for r in server.requests if "after-the-kill" in r.path]
+    assert "x-b3-traceid" not in untraced[0].headers
