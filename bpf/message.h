@@ -77,4 +77,26 @@ static inline void response_head(struct connection *c)
 	scan_body(s, is_head || status == 204 || status == 304);
 }
 
+/* Bytes that no hook saw have passed: only a body's bytes may. */
+static inline int catch_up(struct connection *c, int is_response, u32 missed)
+{
+	struct scanner *s = &c->scan[is_response & 1];
+	u64 skipped = scan_skip(s, missed);
+
+	if (is_response)
+		c->response_bytes += skipped;
+	else
+		c->request_bytes += skipped;
+	if (skipped != missed) {
+		forsake(c, LOSS_BYTES_MISSED);
+		return 0;
+	}
+	if (s->state == SCAN_DONE) {
+		if (is_response)
+			finish(c, END_COMPLETE);
+		scan_next(s);
+	}
+	return 1;
+}
+
 #endif

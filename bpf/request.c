@@ -25,6 +25,8 @@ BPF_PROG_ARRAY(request_steps, 2);
 #define LINE_PARENT_ID 37
 #define LINE_SAMPLED 17
 
+#define INSERT_MAX 192	/* all lines together, rounded up */
+
 #define INSERT_REQUEST_ID 1
 #define INSERT_TRACE_ID 2
 #define INSERT_SPAN_ID 4
@@ -55,19 +57,33 @@ static inline void request_goes_on(struct sk_msg_md *msg, struct connection *c, 
 	}
 }
 
+/* Positions are TCP sequence numbers, as in bytes.c: when a push fails half-way, the
+ * application sends the rest again, and tcp_bpf_send_verdict does not run the program on
+ * the next message at all (psock->eval stays set; seen on 6.1). */
 int request_entry(struct sk_msg_md *msg)
 {
 	struct connection *c = connection_of(msg);
-	struct scanner *s;
+	u32 size = msg->size, seen = 0, write_seq = 0;
 	u64 skipped;
+	s32 missed;
 
-	if (!c || !msg->size || !message_begins(c, 0, bpf_ktime_get_ns()))
+	if (!c || !size)
 		return SK_PASS;
-	s = &c->scan[REQUEST];
-	skipped = scan_skip(s, msg->size);
+	KERNEL_READ(write_seq, (void *)c->sock, tcp_sock, write_seq);
+	missed = write_seq - c->send_seq;
+	if (missed > 0 && !catch_up(c, 0, missed))
+		return SK_PASS;
+	if (missed < 0)
+		seen = -missed;
+	if (seen >= size)
+		return SK_PASS;
+	c->send_seq = write_seq + size;
+	if (!message_begins(c, 0, bpf_ktime_get_ns()))
+		return SK_PASS;
+	skipped = scan_skip(&c->scan[REQUEST], size - seen);
 	c->request_bytes += skipped;
-	c->message_at = skipped;
-	request_goes_on(msg, c, msg->size);
+	c->message_at = seen + skipped;
+	request_goes_on(msg, c, size);
 	return SK_PASS;
 }
 
@@ -148,7 +164,7 @@ int request_inject(struct sk_msg_md *msg)
 	struct scanner *s;
 	u8 *data, *end, *p;
 	u8 insert;
-	s64 span_at, parent_at, where;
+	s64 head_at, span_at, parent_at, where;
 	int found;
 
 	if (!c || !t)
@@ -168,15 +184,17 @@ int request_inject(struct sk_msg_md *msg)
 		lose(LOSS_INJECT_CUT);
 		goto done;
 	}
-	if (!room_to_send((void *)c->sock, size < 65536 ? size : 65536)) {
+	if (!room_to_send((void *)c->sock, head_end + INSERT_MAX)) {
 		lose(LOSS_INJECT_BUFFER);
 		goto done;
 	}
 
-	/* Offsets of forwarded values in this message; the head began at
-	 * head_end - head_bytes, which is negative for a head begun earlier. */
-	span_at = (s64)head_end - s->head_bytes + s->at_of[HEADER_SPAN_ID];
-	parent_at = (s64)head_end - s->head_bytes + s->at_of[HEADER_PARENT_ID];
+	/* Where the head, or what this message has of it, and forwarded values begin. */
+	head_at = (s64)head_end - s->head_bytes;
+	span_at = head_at + s->at_of[HEADER_SPAN_ID];
+	parent_at = head_at + s->at_of[HEADER_PARENT_ID];
+	if (head_at < 0)
+		head_at = 0;
 	insert = HAS(s, HEADER_REQUEST_ID) ? 0 : INSERT_REQUEST_ID;
 	/* B3: debug implies accept, and is not sent along with it. */
 	if (!HAS(s, HEADER_SAMPLED) && !(c->flags & FLAG_ACCEPTED_DEBUG))
@@ -198,24 +216,23 @@ int request_inject(struct sk_msg_md *msg)
 			insert |= INSERT_PARENT_ID;
 	}
 
-	/* Everything from the message's start to the head's end in one piece. */
-	if (bpf_msg_pull_data(msg, 0, head_end, 0)) {
-		lose(LOSS_INJECT_MEMORY);
-		goto done;
-	}
 	if (found == CONTEXT_VALID) {
+		if (bpf_msg_pull_data(msg, head_at, head_end, 0)) {
+			lose(LOSS_INJECT_MEMORY);
+			goto done;
+		}
 		data = (u8 *)(long)msg->data;
 		end = (u8 *)(long)msg->data_end;
-		where = span_at & 0x7fff;
+		where = (span_at - head_at) & 0x7fff;
 		p = data + where;
-		if (span_at > 0x7fff || p + 16 > end) {
+		if (p + 16 > end) {
 			lose(LOSS_INJECT_CUT);
 			goto done;
 		}
 		hex_write(p, c->span_id);
 		if (HAS(s, HEADER_PARENT_ID)) {
-			/* Neither can fail: the head was scanned in this range. */
-			where = parent_at & 0x7fff;
+			/* Cannot fail: the head was scanned in this range. */
+			where = (parent_at - head_at) & 0x7fff;
 			p = data + where;
 			if (p + 16 <= end)
 				hex_write(p, c->parent_id);
@@ -285,11 +302,12 @@ int request_inject(struct sk_msg_md *msg)
 	}
 	c->flags |= FLAG_INJECTED;
 	c->message_at = head_end + length;
+	c->send_seq += length;
 	size += length;
 #if PODSPAN_KERNEL_VERSION < KERNEL_VERSION(6, 5, 0)
 	/* Without MSG_MORE between the pieces of a message (f8dd95b29d7e, 6.5) each
 	 * would be a segment of its own; failing here costs only that. */
-	bpf_msg_pull_data(msg, 0, head_end + length, 0);
+	bpf_msg_pull_data(msg, head_at, head_end + length, 0);
 #endif
 	goto done;
 undo:

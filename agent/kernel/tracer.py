@@ -296,6 +296,3 @@ def cgroup_root(mounts: Path = Path("/proc/self/mounts")) -> str:
         "no cgroup v2 file system is mounted",
         hint="mount -t cgroup2 none /sys/fs/cgroup, or mount the node's into the pod",
     )
-
-
-

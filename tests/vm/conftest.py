@@ -130,6 +130,7 @@ class Agent:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             assert self.process.wait(60) == 0, self.log()
+            print(self.log())
 
     def kill(self) -> None:
         assert self.process is not None

@@ -127,9 +127,7 @@ def test_eight_threads_never_get_another_calls_parent(agent: Agent) -> None:
                         sock.sendall(head_of(front, f"/parallel/{thread}-{i}"))
                         read_response(sock)
 
-            threads = [
-                threading.Thread(target=call, args=(n,)) for n in range(THREADS)
-            ]
+            threads = [threading.Thread(target=call, args=(n,)) for n in range(THREADS)]
             for thread in threads:
                 thread.start()
             for thread in threads:
