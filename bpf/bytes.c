@@ -383,6 +383,7 @@ int bytes_head(struct pt_regs *ctx)
 		return 0;
 	s = &c->scan[w->is_response & 1];
 	if (w->is_response) {
+		note_roaming(c, w->thread);
 		response_head(c);
 	} else {
 		remember_thread(c, w->thread);
@@ -404,8 +405,11 @@ int bytes_head(struct pt_regs *ctx)
 RAW_TRACEPOINT_PROBE(sched_process_exit)
 {
 	u64 thread = bpf_get_current_pid_tgid();
+	u32 process = thread >> 32;
 
 	servings.delete(&thread);
 	receives.delete(&thread);
+	if ((u32)thread == process)
+		roaming.delete(&process);
 	return 0;
 }

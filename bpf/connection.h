@@ -65,6 +65,7 @@ BPF_ARRAY(grammar, struct scan_table, 1);
 BPF_HASH(header_names, struct scan_name, struct scan_entry, 16);
 BPF_HASH(connections, u64, struct connection, MAX_CONNECTIONS);
 BPF_HASH(servings, u64, struct serving, MAX_THREADS);
+BPF_HASH(roaming, u32, u8, MAX_THREADS);	/* processes: see context.h */
 BPF_ARRAY(no_connection, struct connection, 1);	/* zeroes: too many for the stack */
 BPF_PERCPU_ARRAY(losses, u64, LOSSES);
 BPF_RINGBUF_OUTPUT(exchanges, RING_PAGES);

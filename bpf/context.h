@@ -80,12 +80,12 @@ static inline struct connection *served_by(u64 thread)
 {
 	struct serving *serving = servings.lookup(&thread);
 	struct connection *c;
-	u32 write_seq = 0;
+	u32 write_seq = 0, process = thread >> 32;
 	u64 sock;
 
 	if (!serving)
 		return 0;
-	if (serving->multiplexed) {
+	if (serving->multiplexed || roaming.lookup(&process)) {
 		lose(LOSS_LINK_AMBIGUOUS);
 		return 0;
 	}
@@ -99,6 +99,19 @@ static inline struct connection *served_by(u64 thread)
 	if (write_seq != c->send_seq)
 		return 0;
 	return c;
+}
+
+/* A response begins. Where another thread sends it than the one that received the
+ * request, work moves between threads (Go, virtual threads, pools): what a thread serves
+ * is then nobody's knowledge, in the whole process, from now on. */
+static inline void note_roaming(struct connection *c, u64 thread)
+{
+	u32 process = thread >> 32;
+	u8 yes = 1;
+
+	if (c->role == ROLE_SERVER && c->thread != thread && !roaming.lookup(&process) &&
+	    roaming.update(&process, &yes))
+		lose(LOSS_THREADS_FULL);
 }
 
 static inline void new_root(struct connection *c)

@@ -37,8 +37,8 @@ def _numbered(stem: str, first: str, count: int) -> list[str]:
     return [first, *(f"{stem}_{i}" for i in range(1, count))]
 
 
-def _rules() -> Iterator[Rule]:
-    """(state, bytes, next state, action); of rules that overlap the later wins."""
+def _request_line() -> Iterator[Rule]:
+    """RFC 9112 section 3; empty lines before it: section 2.2."""
     yield "START", TOKEN, "METHOD", "METHOD_FIRST"
     yield "START", b"\r", "START_LF", "NOTHING"
     yield "START_LF", b"\n", "START", "FORGET_LINE"
@@ -52,6 +52,9 @@ def _rules() -> Iterator[Rule]:
     yield "REQUEST_MINOR", DIGIT, "REQUEST_CR", "MINOR"
     yield "REQUEST_CR", b"\r", "LINE_LF", "NOTHING"
 
+
+def _status_line() -> Iterator[Rule]:
+    """RFC 9112 section 4."""
     version = _numbered("RESPONSE", "RESPONSE", 7)
     yield from _word([*version, "RESPONSE_MINOR"], b"HTTP/1.")
     yield "RESPONSE_MINOR", DIGIT, "RESPONSE_SP", "MINOR"
@@ -64,6 +67,12 @@ def _rules() -> Iterator[Rule]:
     yield "REASON", FIELD, "REASON", "NOTHING"
     yield "REASON", b"\r", "LINE_LF", "NOTHING"
 
+
+def _header_lines() -> Iterator[Rule]:
+    """RFC 9112 section 5; no folding, no space before the colon."""
+
+
+def _header_lines() -> Iterator[Rule]:
     yield "LINE_LF", b"\n", "NAME_FIRST", "NOTHING"
     yield "NAME_FIRST", TOKEN, "NAME", "NAME_FIRST"
     yield "NAME_FIRST", b"\r", "END_LF", "NOTHING"
@@ -77,6 +86,9 @@ def _rules() -> Iterator[Rule]:
     yield "VALUE", b"\r", "LINE_LF", "VALUE_ENDS"
     yield "END_LF", b"\n", "HEAD_DONE", "NOTHING"
 
+
+def _content_length() -> Iterator[Rule]:
+    """RFC 9110 section 8.6: digits, and nothing else."""
     yield "LENGTH_OWS", SPACE, "LENGTH_OWS", "NOTHING"
     yield "LENGTH_OWS", DIGIT, "LENGTH", "LENGTH_FIRST"
     yield "LENGTH", DIGIT, "LENGTH", "LENGTH_DIGIT"
@@ -85,6 +97,9 @@ def _rules() -> Iterator[Rule]:
     yield "LENGTH_END", SPACE, "LENGTH_END", "NOTHING"
     yield "LENGTH_END", b"\r", "LINE_LF", "LENGTH_ENDS"
 
+
+def _transfer_encoding() -> Iterator[Rule]:
+    """RFC 9112 section 6.1: the one coding whose end we can see."""
     coding = _numbered("CODING", "CODING_OWS", 8)
     for state in [*coding, "CODING_OTHER"]:
         yield state, FIELD, "CODING_OTHER", "NOTHING"
@@ -94,6 +109,12 @@ def _rules() -> Iterator[Rule]:
     yield "CODING_7", SPACE, "CODING_7", "NOTHING"
     yield "CODING_7", b"\r", "LINE_LF", "CHUNKED"
 
+
+def _chunks() -> Iterator[Rule]:
+    """RFC 9112 section 7.1."""
+
+
+def _chunks() -> Iterator[Rule]:
     yield "CHUNK_FIRST", HEX, "CHUNK_SIZE", "CHUNK_FIRST"
     yield "CHUNK_SIZE", HEX, "CHUNK_SIZE", "CHUNK_DIGIT"
     # Space after the size is none of the grammar's, but common: nginx takes it too.
@@ -110,6 +131,16 @@ def _rules() -> Iterator[Rule]:
     yield "TRAILER", b"\r", "TRAILER_LF", "NOTHING"
     yield "TRAILER_LF", b"\n", "TRAILER_FIRST", "NOTHING"
     yield "TRAILERS_LF", b"\n", "DONE", "NOTHING"
+
+
+def _rules() -> Iterator[Rule]:
+    """(state, bytes, next state, action); of rules that overlap the later wins."""
+    yield from _request_line()
+    yield from _status_line()
+    yield from _header_lines()
+    yield from _content_length()
+    yield from _transfer_encoding()
+    yield from _chunks()
 
 
 # Header, the state that reads its value, whether each line counts, the kept text.
@@ -169,9 +200,9 @@ def table(source: str) -> bytes:
         for state in range(STATES)
         for byte in range(256)
     }
-    for state, chars, following, action in _rules():
+    for before, chars, following, action in _rules():
         for byte in chars:
-            cells[states[f"SCAN_{state}"], byte] = (
+            cells[states[f"SCAN_{before}"], byte] = (
                 states[f"SCAN_{following}"],
                 actions[f"ACT_{action}"],
             )

@@ -72,7 +72,7 @@ def load(name: str, settings: Mapping[str, int] | None = None) -> BPF:
     Raises FeatureMissing without bcc or BTF, ProgramRejected where it does not compile.
     """
     try:
-        from bcc import BPF  # noqa: PLC0415  Debian's; absent in `podspan init`'s image
+        from bcc import BPF  # noqa: PLC0415  importing this file needs no bcc
     except ImportError as exc:
         raise FeatureMissing(
             f"cannot import bcc: {exc}", hint="apt-get install python3-bpfcc"

@@ -18,7 +18,8 @@ import tempfile
 import termios
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
 SIOCSIFFLAGS = 0x8914
@@ -51,19 +52,25 @@ def find_fault(trace: Callable[[int], None]) -> str | None:
         try:
             trace(_new_netns())
             for trial in TRIALS:
-                with _connection() as (client, server):
-                    trial(client, server)
+                _run(trial)
             found.append(None)
         except Fault as fault:
             found.append(str(fault))
         except OSError as exc:
-            found.append(f"{trial.__name__.lstrip('_')}: {exc}")
+            found.append(str(exc))
 
-    trial = _fionread
     thread = threading.Thread(target=run, name="selftest")
     thread.start()
     thread.join()
     return found[0] if found else "the self-test itself failed"
+
+
+def _run(trial: Callable[[socket.socket, socket.socket], None]) -> None:
+    try:
+        with _connection() as (client, server):
+            trial(client, server)
+    except OSError as exc:
+        raise Fault(f"{trial.__name__.strip('_')}: {exc}") from exc
 
 
 def _fionread(client: socket.socket, server: socket.socket) -> None:
@@ -176,10 +183,8 @@ def _in_background(call: Callable[..., object], *args: object) -> None:
     """Send without waiting for the reader; a failure shows in what is received."""
 
     def run() -> None:
-        try:
+        with suppress(OSError):
             call(*args)
-        except OSError:
-            pass
 
     threading.Thread(target=run, daemon=True).start()
 
@@ -202,4 +207,4 @@ def _new_netns() -> int:
         raise OSError(ctypes.get_errno(), "cannot make a network namespace")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
-    return os.stat("/proc/thread-self/ns/net").st_ino
+    return Path("/proc/thread-self/ns/net").stat().st_ino

@@ -196,7 +196,7 @@ class Tracer:
         with ExitStack() as stack:
             self._programs = Programs(self._max_connections)
             stack.callback(self._programs.close)
-            self._own_netns = os.stat("/proc/self/ns/net").st_ino
+            self._own_netns = Path("/proc/self/ns/net").stat().st_ino
             self._programs.set_policy(self._own_netns, POLICY_NONE)
             self._ring = self._programs.bpf[b"exchanges"]
             self._ring.open_ring_buffer(self._take)

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,8 @@ DEADLINE_S = 120.0  # emulation is slow; nothing waits that long but a failure
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _serial = count(1)
+
+Json = dict[str, Any]  # a span as Zipkin's API has it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,11 +71,16 @@ CLIENT = Pod("podspan-vm-client", "10.98.0.1", "fd98::1")
 FRONT = Pod("podspan-vm-front", "10.98.0.2", "fd98::2")
 BACK = Pod("podspan-vm-back", "10.98.1.2", "fd98:1::2")
 PODS = (CLIENT, FRONT, BACK)
+# Both ends of a wire: pod, device, addresses.
 WIRES = (
-    (CLIENT, "to-front", "10.98.0.1/24", "fd98::1/64")
-    + (FRONT, "to-client", "10.98.0.2/24", "fd98::2/64"),
-    (FRONT, "to-back", "10.98.1.1/24", "fd98:1::1/64")
-    + (BACK, "to-front", "10.98.1.2/24", "fd98:1::2/64"),
+    (
+        (CLIENT, "to-front", "10.98.0.1/24", "fd98::1/64"),
+        (FRONT, "to-client", "10.98.0.2/24", "fd98::2/64"),
+    ),
+    (
+        (FRONT, "to-back", "10.98.1.1/24", "fd98:1::1/64"),
+        (BACK, "to-front", "10.98.1.2/24", "fd98:1::2/64"),
+    ),
 )
 
 
@@ -87,10 +95,11 @@ def pods() -> Iterator[None]:
         for pod in PODS:
             ip("netns", "add", pod.name)
             ip("-n", pod.name, "link", "set", "lo", "up")
-        for a, a_dev, a4, a6, b, b_dev, b4, b6 in WIRES:
+        for wire in WIRES:
+            (a, a_dev, *_), (b, b_dev, *_) = wire
             ip("-n", a.name, "link", "add", a_dev, "type", "veth")
             ip("-n", a.name, "link", "set", "veth0", "netns", b.name, "name", b_dev)
-            for pod, dev, v4, v6 in ((a, a_dev, a4, a6), (b, b_dev, b4, b6)):
+            for pod, dev, v4, v6 in wire:
                 ip("-n", pod.name, "address", "add", v4, "dev", dev)
                 ip("-n", pod.name, "address", "add", v6, "dev", dev, "nodad")
                 ip("-n", pod.name, "link", "set", dev, "up")
@@ -108,7 +117,7 @@ class Agent:
     folder: Path
     process: "subprocess.Popen[str] | None" = None
     taken: int = 0
-    spans: list[dict] = field(default_factory=list)
+    spans: list[Json] = field(default_factory=list)
 
     def start(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -144,7 +153,7 @@ class Agent:
     def log(self) -> str:
         return (self.folder / "agent.log").read_text()
 
-    def all_spans(self) -> list[dict]:
+    def all_spans(self) -> list[Json]:
         """Everything written so far, whole lines only."""
         with self.output.open() as lines:
             lines.seek(self.taken)
@@ -155,7 +164,7 @@ class Agent:
                 self.taken = lines.tell()
         return self.spans
 
-    def spans_of(self, token: str, server: "Server") -> list[dict]:
+    def spans_of(self, token: str, server: "Server") -> list[Json]:
         """Spans of the calls with `token` in their path, once all are there."""
         marker = f"marker-{next(_serial)}"
         fetch(server, f"/{marker}")
@@ -170,7 +179,7 @@ class Agent:
         return spans_with(self.all_spans(), token)
 
 
-def spans_with(spans: list[dict], token: str) -> list[dict]:
+def spans_with(spans: list[Json], token: str) -> list[Json]:
     return [span for span in spans if token in span["tags"]["http.url"]]
 
 
@@ -326,7 +335,7 @@ def read_response(sock: socket.socket, *, bodiless: bool = False) -> bytes:
         received += piece
     head, _, body = received.partition(b"\r\n\r\n")
     if head.startswith(b"HTTP/1.1 1"):
-        return read_response(sock) if not body else body
+        return body or read_response(sock)
     sizes = [
         int(line[16:])
         for line in head.lower().split(b"\r\n")

@@ -5,11 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from vm.conftest import (
     CLIENT,
     FRONT,
     Agent,
+    Json,
     Request,
     Server,
     connected,
@@ -195,7 +195,7 @@ def test_nginx_and_curl(agent: Agent, tmp_path: Path) -> None:
     )
     process = subprocess.Popen(FRONT.command(nginx, "-c", str(config), "-p", "/"))
     try:
-        wait_for(lambda: (tmp_path / "pid").exists(), "nginx is up")
+        wait_for((tmp_path / "pid").exists, "nginx is up")
         url = f"http://{FRONT.ipv4}:8080"
         # One connection for all: the static file goes by sendfile.
         calls = [f"{url}/text", f"{url}/static/page.bin", f"{url}/text?3"]
@@ -236,7 +236,7 @@ def test_wrk_gives_two_spans_a_call(agent: Agent) -> None:
     _check_pairs(server, spans, served)
 
 
-def _check_pairs(server: Server, spans: list[dict], served: int) -> None:
+def _check_pairs(server: Server, spans: list[Json], served: int) -> None:
     servers = [s for s in spans if s["kind"] == "SERVER"]
     clients = {s["id"]: s for s in spans if s["kind"] == "CLIENT"}
     assert served > 20

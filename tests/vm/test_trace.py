@@ -9,6 +9,7 @@ from vm.conftest import (
     CLIENT,
     FRONT,
     Agent,
+    Json,
     Request,
     Server,
     connected,
@@ -24,7 +25,7 @@ THREADS = 8
 CALLS_PER_THREAD = 6
 
 
-def by_kind(spans: list[dict]) -> tuple[list[dict], list[dict]]:
+def by_kind(spans: list[Json]) -> tuple[list[Json], list[Json]]:
     return (
         [span for span in spans if span["kind"] == "CLIENT"],
         [span for span in spans if span["kind"] == "SERVER"],
@@ -33,8 +34,8 @@ def by_kind(spans: list[dict]) -> tuple[list[dict], list[dict]]:
 
 def test_23_calls_give_46_spans_whose_ids_are_on_the_wire(agent: Agent) -> None:
     # Late: under emulation scapy takes many seconds to import.
-    from scapy.layers.inet import TCP  # noqa: PLC0415
-    from scapy.sendrecv import AsyncSniffer  # noqa: PLC0415
+    from scapy.layers.inet import TCP
+    from scapy.sendrecv import AsyncSniffer
 
     with serving(FRONT) as server:
         listening = threading.Event()
@@ -136,7 +137,7 @@ def test_eight_threads_never_get_another_calls_parent(agent: Agent) -> None:
 
     calls = THREADS * CALLS_PER_THREAD
     assert len(spans) == 4 * calls
-    by_call: dict[str, list[dict]] = {}
+    by_call: dict[str, list[Json]] = {}
     for span in spans:
         path = span["tags"]["http.url"].rpartition("/")[2]
         by_call.setdefault(path, []).append(span)
