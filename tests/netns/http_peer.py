@@ -1,0 +1,158 @@
+"""Requests as bytes, the headers expected in them, and a server that echoes them."""
+
+import socket
+import threading
+from contextlib import ExitStack, suppress
+
+DEADLINE_S = 20
+READ_MAX = 1 << 18
+
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+TRACE_ID = b"463ac35c9f6413ad48485a3953bb6124"
+SPAN_ID = b"a2fb4a1d1a96d312"
+PARENT_ID = b"0020000000000001"
+REQUEST_ID = b"01234567-89ab-4def-8123-456789abcdef"
+
+FORWARDED = (
+    (b"X-B3-TraceId", TRACE_ID),
+    (b"X-B3-SpanId", SPAN_ID),
+    (b"X-B3-ParentSpanId", PARENT_ID),
+    (b"X-B3-Sampled", b"1"),
+    (b"X-Request-Id", REQUEST_ID),
+)
+WITHOUT_PARENT = tuple(line for line in FORWARDED if line[1] != PARENT_ID)
+
+
+def make_head(*headers, method=b"GET", target=b"/reviews/7?verbose=1", size=None):
+    """Return a head as a client writes it; `size` fills it up to that many bytes."""
+    lines = [
+        b"%s %s HTTP/1.1" % (method, target),
+        b"Host: reviews:9080",
+        b"User-Agent: Mozilla/5.0 (X11; Linux x86_64)",
+        *(b"%s: %s" % header for header in headers),
+        b"Accept: */*",
+    ]
+    if size is not None:
+        left = size - len(b"\r\n".join(lines)) - len(b"\r\n" * 3) - len(b"X-Fill: ")
+        assert left > 0, size
+        lines.insert(3, b"X-Fill: " + b"f" * left)
+    return b"\r\n".join([*lines, b"", b""])
+
+
+def headers_of(head):
+    """Return names in lower case, values; of a repeated name the first."""
+    headers = {}
+    for line in head.split(b"\r\n\r\n")[0].split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        headers.setdefault(name.lower(), value.strip())
+    return headers
+
+
+def with_our_headers(head, exchange):
+    """Return `head` as it must arrive: a model of bpf/request.c, from the record."""
+    own = headers_of(head)
+    ours = []
+    if b"x-request-id" not in own:
+        ours.append(b"x-request-id: " + exchange.request_id.encode())
+    if b"x-b3-traceid" not in own:
+        ours.append(b"x-b3-traceid: %032x" % exchange.trace_id)
+        ours.append(b"x-b3-spanid: %016x" % exchange.span_id)
+    else:
+        head = with_value(head, b"x-b3-spanid", b"%016x" % exchange.span_id)
+        head = with_value(head, b"x-b3-parentspanid", b"%016x" % exchange.parent_id)
+    if exchange.parent_id and b"x-b3-parentspanid" not in own:
+        ours.append(b"x-b3-parentspanid: %016x" % exchange.parent_id)
+    if b"x-b3-sampled" not in own and own.get(b"x-b3-flags") != b"1":
+        ours.append(b"x-b3-sampled: %d" % exchange.sampled)
+    assert head.endswith(b"\r\n\r\n")
+    return head[:-2] + b"".join(line + b"\r\n" for line in ours) + b"\r\n"
+
+
+def with_value(head, name, value):
+    """Return `head` with the value of the first header of this name replaced."""
+    at = head.lower().find(b"\r\n" + name + b":")
+    if at < 0:
+        return head
+    start = head.index(b":", at) + 1
+    while head[start : start + 1] in b" \t":
+        start += 1
+    return head[:start] + value + head[start + len(value) :]
+
+
+def value_at(head, name):
+    """Return where the value of the first header of this name begins, None without."""
+    at = head.lower().find(b"\r\n" + name + b": ")
+    return None if at < 0 else at + 2 + len(name) + 2
+
+
+def chunked(body, size=32768):
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + (
+        b"0\r\n\r\n"
+    )
+
+
+def read_all(sock):
+    """Read until the peer closes."""
+    parts = []
+    while part := sock.recv(READ_MAX):
+        parts.append(part)
+    return b"".join(parts)
+
+
+class EchoServer:
+    """Answers one request per connection, with the bytes of the request."""
+
+    def __init__(self, namespace):
+        self.address = (namespace.ipv4, 9080)
+        self._stack = ExitStack()
+        with namespace.inside():
+            self._listener = socket.create_server(self.address, backlog=512)
+        self._thread = threading.Thread(target=self._accept, name="echo server")
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info):
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(DEADLINE_S)
+        self._listener.close()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                sock.settimeout(DEADLINE_S)
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    @staticmethod
+    def _serve(sock):
+        with sock, suppress(OSError):
+            request = read_request(sock)
+            sock.sendall(
+                b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(request) + request
+            )
+
+
+def read_request(sock):
+    data = b""
+    while b"\r\n\r\n" not in data:
+        part = sock.recv(READ_MAX)
+        if not part:
+            return data
+        data += part
+    head = data[: data.index(b"\r\n\r\n") + 4]
+    whole = len(head) + int(headers_of(head).get(b"content-length", 0))
+    parts = [data]
+    size = len(data)
+    while size < whole:
+        part = sock.recv(READ_MAX)
+        if not part:
+            break
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)

@@ -1,0 +1,474 @@
+"""Headers written by the kernel into requests, byte by byte as the server gets them."""
+
+import os
+import random
+import re
+import socket
+import tempfile
+import threading
+import time
+
+import pytest
+from netns import injection_fixtures
+from netns.http_peer import (
+    FORWARDED,
+    PARENT_ID,
+    REQUEST_ID,
+    SPAN_ID,
+    TRACE_ID,
+    WITHOUT_PARENT,
+    chunked,
+    headers_of,
+    make_head,
+    read_all,
+    value_at,
+    with_our_headers,
+)
+from podspan.agent.exchange import FLAG_ACCEPTED_DEBUG, FLAG_INJECTED, End, Link, Role
+
+kernel_stays_calm = injection_fixtures.kernel_stays_calm
+shared_injection = injection_fixtures.shared_injection
+injection = injection_fixtures.injection
+
+HEADS = {
+    "no context": make_head((b"Cookie", b"session=0123456789abcdef; theme=dark")),
+    "forwarded context": make_head(*FORWARDED),
+    "forwarded root": make_head(*WITHOUT_PARENT),
+}
+UUID4 = re.compile(
+    r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+)
+
+every_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+both_families = pytest.mark.parametrize("version", [4, 6])
+
+
+class TestCuts:
+    """The last piece of a head is where all is written; its offset decides."""
+
+    @both_families
+    @every_head
+    def test_two_pieces_cut_at_every_byte(self, injection, head, version):
+        for cut in range(1, len(head)):
+            received = injection.send(head[:cut], head[cut:], version=version)
+            check_cut(injection, head, cut, received)
+
+    @every_head
+    def test_three_pieces(self, injection, head):
+        seed = int(time.time())
+        print(f"seed {seed}")
+        cuts = random.Random(seed)
+        for _ in range(200):
+            first, second = sorted(cuts.sample(range(1, len(head)), 2))
+            received = injection.send(head[:first], head[first:second], head[second:])
+            check_cut(injection, head, second, received)
+
+    def test_one_piece_per_byte(self, injection):
+        head = HEADS["no context"]
+        received = injection.send(*(head[at : at + 1] for at in range(len(head))))
+        check_cut(injection, head, len(head) - 1, received)
+
+    def test_a_body_may_follow_in_the_last_piece(self, injection):
+        body = b"0123456789"
+        head = make_head((b"Content-Length", b"10"), method=b"POST")
+        for cut in range(1, len(head)):
+            received = injection.send(head[:cut], head[cut:] + body)
+            check_cut(injection, head, cut, received, body)
+
+    @pytest.mark.parametrize("empty_lines", [1, 3])
+    def test_empty_lines_before_a_head(self, injection, empty_lines):
+        """RFC 9112 section 2.2; the offsets of ids count from the head's first byte."""
+        head = HEADS["forwarded context"]
+        received = injection.send(b"\r\n" * empty_lines + head)
+        expected = with_our_headers(head, injection.record())
+        assert received == b"\r\n" * empty_lines + expected
+
+
+def check_cut(injection, head, cut, received, body=b""):
+    """One request arrived, the last piece of whose head began at byte `cut`."""
+    record = injection.record()
+    in_place = [
+        at
+        for name in (b"x-b3-spanid", b"x-b3-parentspanid")
+        if (at := value_at(head, name)) is not None
+    ]
+    if cut <= min([*in_place, len(head) - 2]):
+        assert received == with_our_headers(head, record) + body, cut
+        assert record.flags & FLAG_INJECTED
+        assert injection.losses() == {}, cut
+    else:
+        assert received == head + body, cut
+        assert not record.flags & FLAG_INJECTED
+        assert injection.losses() == {"inject_cut": 1}, cut
+
+
+SIZES = (
+    *(0, 1, 2),
+    *(1023, 1024, 1025),
+    *(4095, 4096, 4097),
+    *(8191, 8192, 8193),
+    *(16383, 16384, 16385),
+    *(65535, 65536, 65537),
+    1 << 20,
+)
+
+
+def in_one_send(sock, head, body):
+    sock.sendall(head + body)
+
+
+def in_separate_sends(sock, head, body):
+    sock.sendall(head)
+    for at in range(0, len(body), 10007):
+        sock.sendall(body[at : at + 10007])
+
+
+def in_one_writev(sock, head, body):
+    whole = head + body
+    size = len(whole) // 20 + 1
+    left = [whole[at : at + size] for at in range(0, len(whole), size)]
+    while left:
+        sent = sock.sendmsg(left)
+        while left and sent >= len(left[0]):
+            sent -= len(left.pop(0))
+        if sent:
+            left[0] = left[0][sent:]
+
+
+def with_sendfile(sock, head, body):
+    sock.send(head, socket.MSG_MORE)
+    with tempfile.TemporaryFile() as file:
+        file.write(body)
+        file.flush()
+        sock.sendfile(file, 0, len(body) or None)
+
+
+WAYS = (in_one_send, in_separate_sends, in_one_writev, with_sendfile)
+
+
+class TestBodies:
+    @both_families
+    @pytest.mark.parametrize("framing", ["length", "chunked"])
+    @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+    def test_of_every_size_and_sent_in_every_way(
+        self, injection, way, framing, version
+    ):
+        for size in SIZES:
+            head, body = request_with_body(size, framing)
+            received = injection.send_by(
+                lambda sock, head=head, body=body: way(sock, head, body),
+                version=version,
+            )
+            record = injection.record()
+            losses = injection.losses()
+            print(way.__name__, framing, version, size, losses)
+            check_whole(received, with_our_headers(head, record) + body, size)
+            assert record.request_bytes == len(body), size
+            assert losses == {}, size
+
+
+def request_with_body(size, framing):
+    body = random.Random(size).randbytes(size)
+    if framing == "chunked":
+        return make_head((b"Transfer-Encoding", b"chunked"), method=b"PUT"), chunked(
+            body
+        )
+    length = b"%d" % size
+    return make_head((b"Content-Length", length), method=b"PUT"), body
+
+
+def check_whole(received, expected, what):
+    """Compare without a megabyte in the message."""
+    if received != expected:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(received, expected)) if a != b),
+            min(len(received), len(expected)),
+        )
+        window = slice(max(at - 40, 0), at + 200)
+        pytest.fail(
+            f"{what}: {len(received)} bytes, not {len(expected)}; at {at}"
+            f" {received[window]!r} is not {expected[window]!r}"
+        )
+
+
+HEAD_SIZES = (1023, 1024, 1025, 4095, 4096, 4097, 8191, 8192, 8193, 16383, 16384)
+
+
+class TestLongHeads:
+    @both_families
+    @pytest.mark.parametrize("headers", [(), FORWARDED], ids=["no context", "context"])
+    @pytest.mark.parametrize("size", HEAD_SIZES)
+    def test_up_to_16_kb(self, injection, size, headers, version):
+        head = make_head(*headers, size=size)
+        assert len(head) == size
+        # Where it lies in the kernel's page changes from one to the next.
+        for _ in range(8):
+            received = injection.send(head, version=version)
+            check_whole(received, with_our_headers(head, injection.record()), size)
+        assert injection.losses() == {}
+
+    @pytest.mark.parametrize("size", HEAD_SIZES)
+    def test_in_many_elements(self, injection, size):
+        head = make_head(size=size)
+        received = injection.send_by(lambda sock: in_one_writev(sock, head, b""))
+        check_whole(received, with_our_headers(head, injection.record()), size)
+        assert injection.losses() == {}
+
+    @pytest.mark.parametrize("size", HEAD_SIZES)
+    def test_in_pieces(self, injection, size):
+        head = make_head(size=size)
+        seed = int(time.time())
+        print(f"seed {seed}")
+        for cut in random.Random(seed).sample(range(1, size - 2), 5):
+            received = injection.send(head[:cut], head[cut:])
+            check_whole(received, with_our_headers(head, injection.record()), cut)
+        assert injection.losses() == {}
+
+    @pytest.mark.parametrize("size", [16385, 20000, 65536])
+    def test_longer_ones_pass_untouched(self, injection, size):
+        head = make_head(size=size)
+        check_whole(injection.send(head), head, size)
+        assert injection.losses() == {"request_unparsed": 1}
+        assert injection.records() == []
+
+
+CLIENT_HELLO = bytes.fromhex(
+    "16030100c8010000c40303ebbd2a0f7f6e1a0f3c5d9f6b4ac0e2d4d6f8"
+    "00112233445566778899aabbcc20deadbeef0a0d0a0d"
+)
+NOT_HTTP_1 = {
+    "TLS": CLIENT_HELLO,
+    "random": random.Random(23).randbytes(5000),
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(30),
+    "a response": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+    "no version": b"GET /\r\n\r\n",
+    "version 2": b"GET / HTTP/2.0\r\nHost: a\r\n\r\n",
+    "bare LF": b"GET / HTTP/1.1\nHost: a\n\n",
+    "LF after CRLF": b"GET / HTTP/1.1\r\nHost: a\r\n\n",
+    "folded": b"GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n",
+    "space before the colon": b"GET / HTTP/1.1\r\nHost : a\r\n\r\n",
+    "NUL in a value": b"GET / HTTP/1.1\r\nHost: a\0\r\n\r\n",
+    "no name": b"GET / HTTP/1.1\r\n: a\r\n\r\n",
+    "method too long": b"G" * 17 + b" / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "two lengths": b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    "no length": b"PUT / HTTP/1.1\r\nContent-Length: ten\r\n\r\n",
+    "huge length": b"PUT / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % 10**19,
+}
+
+
+class TestUntouched:
+    @pytest.mark.parametrize("stream", NOT_HTTP_1.values(), ids=NOT_HTTP_1.keys())
+    def test_what_is_no_http_1(self, injection, stream):
+        # And nothing that comes later on such a connection.
+        later = make_head()
+        assert injection.send(stream, later, later) == stream + later + later
+        assert injection.losses() == {"request_unparsed": 1}
+        assert injection.records() == []
+
+    @pytest.mark.parametrize("together", [True, False])
+    @pytest.mark.parametrize("framing", ["length", "chunked"])
+    def test_a_body_that_looks_like_a_head(self, injection, together, framing):
+        body = make_head(*FORWARDED) * 3
+        if framing == "length":
+            head = make_head((b"Content-Length", b"%d" % len(body)), method=b"POST")
+        else:
+            head = make_head((b"Transfer-Encoding", b"chunked"), method=b"POST")
+            body = chunked(body)
+        pieces = [head + body] if together else [head, body]
+        received = injection.send(*pieces)
+        assert received == with_our_headers(head, injection.record()) + body
+        assert injection.losses() == {}
+
+    def test_a_request_before_the_response(self, injection):
+        """Here no response is ever seen: the second request is the last."""
+        first, second = make_head(target=b"/1"), make_head(target=b"/2")
+        client, server = injection.connect()
+        with client, server:
+            client.sendall(first)
+            arrived = server.recv(4096)
+            for _ in range(3):
+                client.sendall(second)
+            client.close()
+            assert read_all(server) == second * 3
+        ours = headers_of(arrived)
+        assert arrived.startswith(first[:-2])
+        assert ours[b"x-b3-spanid"] == ours[b"x-b3-traceid"][16:]
+        assert injection.losses() == {"pipelined": 1}
+
+    def test_requests_pipelined_in_one_send(self, injection):
+        first, second = make_head(target=b"/1"), make_head(target=b"/2")
+        received = injection.send(first + second)
+        assert received.startswith(first[:-2] + b"x-request-id: ")
+        assert received.endswith(b"\r\n\r\n" + second)
+        assert received.count(b"x-b3-traceid") == 1
+        assert injection.losses() == {"pipelined": 1}
+
+    def test_two_framings_end_the_scan_after_the_head(self, injection):
+        head = make_head(
+            (b"Content-Length", b"3"), (b"Transfer-Encoding", b"chunked"), method=b"PUT"
+        )
+        body = b"3\r\nabc\r\n0\r\n\r\n" + make_head()
+        received = injection.send(head + body)
+        assert received == with_our_headers(head, injection.record()) + body
+        assert injection.losses() == {"request_unparsed": 1}
+
+    def test_a_pod_that_nobody_traces(self, injection):
+        here, there = injection.server, injection.client
+        head = make_head()
+        assert injection.send(head, here=here, there=there) == head
+        assert injection.records() == []
+        assert injection.losses() == {}
+
+    def test_connections_that_the_pod_accepts(self, injection):
+        """What the traced pod answers, and what is asked of it, is left alone."""
+        client, server = injection.connect(
+            here=injection.server, there=injection.client
+        )
+        with client, server:
+            for sender, receiver in ((client, server), (server, client)):
+                sender.sendall(make_head())
+                assert receiver.recv(4096) == make_head()
+        assert injection.losses() == {}
+
+
+def b3(trace_id=TRACE_ID, span_id=SPAN_ID, *more):
+    return (b"x-b3-traceid", trace_id), (b"x-b3-spanid", span_id), *more
+
+
+MALFORMED = {
+    "trace id of 31": b3(TRACE_ID[:31]),
+    "trace id of 33": b3(TRACE_ID + b"0"),
+    "trace id of 8": b3(TRACE_ID[:8]),
+    "empty trace id": b3(b""),
+    "trace id of zeroes": b3(b"0" * 32),
+    "no hex": b3(b"g" + TRACE_ID[1:]),
+    "upper case": b3(TRACE_ID.upper()),
+    "span id of 15": b3(TRACE_ID, SPAN_ID[:15]),
+    "span id of 32": b3(TRACE_ID, SPAN_ID * 2),
+    "span id of zeroes": b3(TRACE_ID, b"0" * 16),
+    "span id no hex": b3(TRACE_ID, b" " + SPAN_ID[:14] + b"-"),
+    "no span id": b3()[:1],
+    "no trace id": b3()[1:],
+    "parent id only": ((b"x-b3-parentspanid", PARENT_ID),),
+    "parent id of 15": b3(TRACE_ID, SPAN_ID, (b"x-b3-parentspanid", PARENT_ID[1:])),
+    "parent id no hex": b3(TRACE_ID, SPAN_ID, (b"x-b3-parentspanid", b"-" * 16)),
+    "empty parent id": b3(TRACE_ID, SPAN_ID, (b"x-b3-parentspanid", b"")),
+    "sampled 2": b3(TRACE_ID, SPAN_ID, (b"x-b3-sampled", b"2")),
+    "sampled yes": ((b"x-b3-sampled", b"yes"),),
+    "empty sampled": b3(TRACE_ID, SPAN_ID, (b"x-b3-sampled", b"")),
+}
+
+
+class TestContext:
+    def test_a_new_root(self, injection):
+        received = headers_of(injection.send(HEADS["no context"]))
+        record = injection.record()
+        assert re.fullmatch(b"[0-9a-f]{32}", received[b"x-b3-traceid"])
+        assert received[b"x-b3-spanid"] == received[b"x-b3-traceid"][16:]
+        assert b"x-b3-parentspanid" not in received
+        assert received[b"x-b3-sampled"] == b"1"
+        assert UUID4.fullmatch(received[b"x-request-id"].decode())
+        assert record.trace_id == int(received[b"x-b3-traceid"], 16)
+        assert record.span_id == int(received[b"x-b3-spanid"], 16)
+        assert record.request_id.encode() == received[b"x-request-id"]
+        assert (record.parent_id, record.link) == (0, Link.NONE)
+
+    def test_the_record_says_what_the_socket_was(self, injection):
+        injection.send(HEADS["no context"], version=6)
+        record = injection.record()
+        assert record.role is Role.CLIENT
+        assert record.end is End.CLOSED_HERE  # no kprobes: no response is seen
+        assert (record.local_addr, record.peer_addr) == ("fd78::1", "fd78::2")
+        assert record.netns == injection.client.path.stat().st_ino
+        assert record.pid == os.getpid()
+        assert record.tid == threading.get_native_id()
+        assert (record.method, record.target) == ("GET", "/reviews/7?verbose=1")
+        assert record.host == "reviews:9080"
+        assert 0 < record.connect_start_ns <= record.connect_end_ns
+        assert record.connect_end_ns <= record.request_first_ns
+        assert record.request_first_ns <= record.request_last_ns
+
+    @pytest.mark.parametrize("headers", [FORWARDED, WITHOUT_PARENT])
+    def test_a_forwarded_context_becomes_the_parent(self, injection, headers):
+        head = make_head(*headers)
+        received = injection.send(head)
+        record = injection.record()
+        got = headers_of(received)
+        assert got[b"x-b3-traceid"] == TRACE_ID
+        assert got[b"x-b3-parentspanid"] == SPAN_ID
+        assert got[b"x-b3-spanid"] not in (SPAN_ID, PARENT_ID, TRACE_ID[16:])
+        assert got[b"x-request-id"] == REQUEST_ID
+        assert record.request_id.encode() == REQUEST_ID
+        assert record.trace_id == int(TRACE_ID, 16)
+        assert record.parent_id == int(SPAN_ID, 16)
+        assert record.span_id == int(got[b"x-b3-spanid"], 16)
+        assert record.link is Link.HEADER
+        grown = 0 if headers is FORWARDED else len(b"x-b3-parentspanid: \r\n") + 16
+        assert len(received) == len(head) + grown
+
+    def test_a_trace_id_of_64_bits_stays_one(self, injection):
+        received = headers_of(injection.send(make_head(*b3(TRACE_ID[:16]))))
+        assert received[b"x-b3-traceid"] == TRACE_ID[:16]
+        assert injection.record().trace_id == int(TRACE_ID[:16], 16)
+
+    @pytest.mark.parametrize("spelling", [b"0", b"false"])
+    @pytest.mark.parametrize("context", [b3(), ()], ids=["context", "no context"])
+    def test_not_sampled_propagates_and_leaves_no_record(
+        self, injection, context, spelling
+    ):
+        head = make_head(*context, (b"x-b3-sampled", spelling))
+        received = headers_of(injection.send(head))
+        assert received[b"x-b3-sampled"] == spelling
+        assert received[b"x-b3-traceid"]
+        assert received[b"x-b3-spanid"] != SPAN_ID
+        assert UUID4.fullmatch(received[b"x-request-id"].decode())
+        assert injection.records() == []
+        assert injection.losses() == {}
+
+    @pytest.mark.parametrize("context", [b3(), ()], ids=["context", "no context"])
+    def test_debug_implies_sampled_which_is_not_sent_along(self, injection, context):
+        head = make_head(*context, (b"x-b3-flags", b"1"))
+        received = injection.send(head)
+        record = injection.record()
+        assert b"x-b3-sampled" not in headers_of(received)
+        assert received == with_our_headers(head, record)
+        assert record.flags & FLAG_ACCEPTED_DEBUG
+
+    @pytest.mark.parametrize("own", [b"abc", b"7" * 40, b"8" * 100, b""])
+    def test_an_own_request_id_is_kept(self, injection, own):
+        head = make_head((b"x-request-id", own))
+        received = injection.send(head)
+        record = injection.record()
+        assert received == with_our_headers(head, record)
+        assert received.count(b"x-request-id") == 1
+        assert record.request_id == (
+            own.decode() if len(own) <= 40 else own[:40].decode()
+        )
+
+    def test_headers_whose_names_only_begin_or_end_like_ours(self, injection):
+        head = make_head(
+            (b"x-b3-traceid-old", TRACE_ID), (b"my-x-b3-spanid", SPAN_ID), (b"b3", b"0")
+        )
+        received = injection.send(head)
+        assert received == with_our_headers(head, injection.record())
+
+    @pytest.mark.parametrize("headers", MALFORMED.values(), ids=MALFORMED.keys())
+    def test_malformed_headers_pass_as_they_are(self, injection, headers):
+        head = make_head(*headers)
+        assert injection.send(head) == head
+        assert injection.losses() == {"inject_malformed": 1}
+        assert not injection.record().flags & FLAG_INJECTED
+
+    def test_of_headers_that_are_there_twice_the_first_counts(self, injection):
+        twice = (
+            *(*b3(), (b"X-B3-ParentSpanId", PARENT_ID), (b"x-b3-sampled", b"1")),
+            *(*b3(b"1" * 32, b"2" * 16), (b"x-b3-parentspanid", b"3" * 16)),
+            (b"x-b3-sampled", b"0"),
+        )
+        head = make_head(*twice)
+        received = injection.send(head)
+        record = injection.record()
+        assert received == with_our_headers(head, record)
+        assert record.parent_id == int(SPAN_ID, 16)
+        assert received.count(b"1" * 32) == received.count(b"2" * 16) == 1
+        assert injection.losses() == {}
