@@ -70,9 +70,6 @@ def _status_line() -> Iterator[Rule]:
 
 def _header_lines() -> Iterator[Rule]:
     """RFC 9112 section 5; no folding, no space before the colon."""
-
-
-def _header_lines() -> Iterator[Rule]:
     yield "LINE_LF", b"\n", "NAME_FIRST", "NOTHING"
     yield "NAME_FIRST", TOKEN, "NAME", "NAME_FIRST"
     yield "NAME_FIRST", b"\r", "END_LF", "NOTHING"
@@ -112,9 +109,6 @@ def _transfer_encoding() -> Iterator[Rule]:
 
 def _chunks() -> Iterator[Rule]:
     """RFC 9112 section 7.1."""
-
-
-def _chunks() -> Iterator[Rule]:
     yield "CHUNK_FIRST", HEX, "CHUNK_SIZE", "CHUNK_FIRST"
     yield "CHUNK_SIZE", HEX, "CHUNK_SIZE", "CHUNK_DIGIT"
     # Space after the size is none of the grammar's, but common: nginx takes it too.
