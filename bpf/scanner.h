@@ -251,7 +251,8 @@ static inline void scan_value_ends(struct scanner *s)
 /* Take one byte of a head, of a chunk's size, or of a trailer. */
 static inline void scan_byte(const struct scan_table *t, struct scanner *s, u8 *text, u8 c)
 {
-	u32 index = (s->state & SCAN_STATES_MASK) * 32 + (t->classes[c] & 31);
+	u8 before = s->state;
+	u32 index = (before & SCAN_STATES_MASK) * 32 + (t->classes[c] & 31);
 	const struct scan_cell *cell;
 	u8 action, at;
 	u64 length;
@@ -261,7 +262,7 @@ static inline void scan_byte(const struct scan_table *t, struct scanner *s, u8 *
 	cell = &t->cells[index & (64 * 32 - 1)];
 	action = cell->action;
 	s->state = cell->state;
-	if (++s->head_bytes > HEAD_MAX && s->state <= SCAN_END_LF) {
+	if (++s->head_bytes > HEAD_MAX && before <= SCAN_END_LF) {
 		s->state = SCAN_OPAQUE;
 		return;
 	}
