@@ -199,17 +199,6 @@ const struct event *events_of(const struct stream *t)
 	return t->events;
 }
 
-/* Whether nothing was written of a request's text. */
-int text_untouched(const struct stream *t)
-{
-	u64 i;
-
-	for (i = 0; i < sizeof(t->text); i++)
-		if (((const u8 *)&t->text)[i] != NOBODYS_TEXT)
-			return 0;
-	return 1;
-}
-
 void b3_hex_write(u8 *to, u64 value)
 {
 	hex_write(to, value);
