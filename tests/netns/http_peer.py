@@ -42,7 +42,7 @@ def make_head(*headers, method=b"GET", target=b"/reviews/7?verbose=1", size=None
 
 def headers_of(head):
     """Return names in lower case, values; of a repeated name the first."""
-    headers = {}
+    headers: dict[bytes, bytes] = {}
     for line in head.split(b"\r\n\r\n")[0].split(b"\r\n")[1:]:
         name, _, value = line.partition(b":")
         headers.setdefault(name.lower(), value.strip())

@@ -27,7 +27,7 @@ KERNEL_TROUBLE = re.compile(r"WARNING: |BUG: |Oops|refcount_t|general protection
 
 
 class Injection:
-    """Connections from the client's pod to the server's; what the kernel says of them."""
+    """Connections from the client's pod to the server's; what the kernel says."""
 
     def __init__(self, client: Namespace, server: Namespace) -> None:
         self.client = client
