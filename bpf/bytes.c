@@ -105,25 +105,19 @@ static inline void take(struct pt_regs *ctx, struct connection *c, struct walk *
 static inline void sends(struct pt_regs *ctx, void *sk, void *msg, u64 size)
 {
 	u64 key = (u64)sk;
-	u32 zero = 0, write_seq = 0;
+	u32 zero = 0;
 	struct connection *c = connections.lookup(&key);
 	struct walk *w = walks.lookup(&zero);
 	int is_response;
-	s32 missed;
+	u32 again = 0;
 
 	if (!c || !w || c->enrolled || !size)
 		return;
 	is_response = c->role == ROLE_SERVER;
-	KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
-	missed = write_seq - c->send_seq;
-	if (missed > 0 && !catch_up(c, is_response, missed))
+	if (!sync_sent(c, is_response, &again) || again >= size)
 		return;
-	w->ignore = 0;
-	if (missed < 0)
-		w->ignore = -missed;	/* sent again after a partial send */
-	if (w->ignore >= size)
-		return;
-	c->send_seq = write_seq + size;
+	w->ignore = again;	/* sent again after a partial send */
+	c->send_seq += size - again;
 	w->now_ns = bpf_ktime_get_ns();
 	w->thread = bpf_get_current_pid_tgid();
 	w->left = size;
@@ -193,7 +187,7 @@ static inline void at_end_of_file(struct connection *c, void *sk)
 int receive_copied(struct pt_regs *ctx, void *sk, int copied)
 {
 	u64 key = (u64)sk, thread;
-	u32 zero = 0, copied_seq = 0, write_seq = 0, seen;
+	u32 zero = 0, copied_seq = 0, seen, again;
 	struct connection *c = connections.lookup(&key);
 	struct walk *w = walks.lookup(&zero);
 	struct receive *r;
@@ -213,24 +207,18 @@ int receive_copied(struct pt_regs *ctx, void *sk, int copied)
 	}
 	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
 	seen = r->seen;
-	if (copied_seq != r->from_seq + copied || (u32)copied <= seen)
+	/* A FIN counts as one, and is passed along with the last data. */
+	if (copied_seq - (r->from_seq + copied) > 1 || (u32)copied <= seen)
 		return 0;
 	r->seen = copied;
 	is_response = c->role == ROLE_CLIENT;
 	missed = r->from_seq + seen - c->recv_seq;
 	if (missed > 0 && !catch_up(c, is_response, missed))
 		return 0;
-	c->recv_seq = copied_seq;
-	if (!is_response && c->open) {
-		/* A response that no hook saw to its end has ended all the same. */
-		KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
-		missed = write_seq - c->send_seq;
-		if (missed > 0 && c->role == ROLE_SERVER) {
-			c->send_seq = write_seq;
-			if (!catch_up(c, 1, missed))
-				return 0;
-		}
-	}
+	c->recv_seq = r->from_seq + copied;
+	/* A response that no hook saw to its end has ended all the same. */
+	if (c->role == ROLE_SERVER && c->open && !sync_sent(c, 1, &again))
+		return 0;
 	w->buffers = r->buffers;
 	w->ignore = seen;
 	w->left = copied;

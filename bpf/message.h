@@ -13,10 +13,51 @@ static inline void forsake(struct connection *c, u32 reason)
 	c->scan[RESPONSE].state = SCAN_OPAQUE;
 }
 
+/* Bytes that no hook saw have passed: only a body's bytes may. */
+static inline int catch_up(struct connection *c, int is_response, u32 missed)
+{
+	struct scanner *s = &c->scan[is_response & 1];
+	u64 skipped = scan_skip(s, missed);
+
+	if (is_response)
+		c->response_bytes += skipped;
+	else
+		c->request_bytes += skipped;
+	if (skipped != missed) {
+		forsake(c, LOSS_BYTES_MISSED);
+		return 0;
+	}
+	if (s->state == SCAN_DONE) {
+		if (is_response)
+			finish(c, END_COMPLETE);
+		scan_next(s);
+	}
+	return 1;
+}
+
+/* Take note of what was sent by a way that no hook sees. Returns `send_seq` behind
+ * `write_seq`: bytes that were seen, not taken by the kernel, and will come again. */
+static inline int sync_sent(struct connection *c, int is_response, u32 *again)
+{
+	u32 write_seq = 0;
+	s32 missed;
+
+	*again = 0;
+	KERNEL_READ(write_seq, (void *)c->sock, tcp_sock, write_seq);
+	missed = write_seq - c->send_seq;
+	if (missed < 0)
+		*again = -missed;
+	if (missed <= 0)
+		return 1;
+	c->send_seq = write_seq;
+	return catch_up(c, is_response, missed);
+}
+
 /* Bytes are about to be scanned. Returns whether they are worth it. */
 static inline int message_begins(struct connection *c, int is_response, u64 now)
 {
 	struct scanner *s = &c->scan[REQUEST];
+	u32 again;
 
 	if (is_response) {
 		if (c->scan[RESPONSE].state == SCAN_OPAQUE)
@@ -25,8 +66,12 @@ static inline int message_begins(struct connection *c, int is_response, u64 now)
 			forsake(c, LOSS_RESPONSE_UNASKED);
 			return 0;
 		}
-		if (!c->response_first_ns)
+		if (!c->response_first_ns) {
 			c->response_first_ns = now;
+			/* The last of the request may have passed unseen. */
+			if (c->enrolled && !sync_sent(c, 0, &again))
+				return 0;
+		}
 		c->response_last_ns = now;
 		return 1;
 	}
@@ -75,28 +120,6 @@ static inline void response_head(struct connection *c)
 		return;
 	}
 	scan_body(s, is_head || status == 204 || status == 304);
-}
-
-/* Bytes that no hook saw have passed: only a body's bytes may. */
-static inline int catch_up(struct connection *c, int is_response, u32 missed)
-{
-	struct scanner *s = &c->scan[is_response & 1];
-	u64 skipped = scan_skip(s, missed);
-
-	if (is_response)
-		c->response_bytes += skipped;
-	else
-		c->request_bytes += skipped;
-	if (skipped != missed) {
-		forsake(c, LOSS_BYTES_MISSED);
-		return 0;
-	}
-	if (s->state == SCAN_DONE) {
-		if (is_response)
-			finish(c, END_COMPLETE);
-		scan_next(s);
-	}
-	return 1;
 }
 
 #endif

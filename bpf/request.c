@@ -63,21 +63,12 @@ static inline void request_goes_on(struct sk_msg_md *msg, struct connection *c, 
 int request_entry(struct sk_msg_md *msg)
 {
 	struct connection *c = connection_of(msg);
-	u32 size = msg->size, seen = 0, write_seq = 0;
+	u32 size = msg->size, seen = 0;
 	u64 skipped;
-	s32 missed;
 
-	if (!c || !size)
+	if (!c || !size || !sync_sent(c, 0, &seen) || seen >= size)
 		return SK_PASS;
-	KERNEL_READ(write_seq, (void *)c->sock, tcp_sock, write_seq);
-	missed = write_seq - c->send_seq;
-	if (missed > 0 && !catch_up(c, 0, missed))
-		return SK_PASS;
-	if (missed < 0)
-		seen = -missed;
-	if (seen >= size)
-		return SK_PASS;
-	c->send_seq = write_seq + size;
+	c->send_seq += size - seen;
 	if (!message_begins(c, 0, bpf_ktime_get_ns()))
 		return SK_PASS;
 	skipped = scan_skip(&c->scan[REQUEST], size - seen);

@@ -164,10 +164,10 @@ class Agent:
                 self.taken = lines.tell()
         return self.spans
 
-    def spans_of(self, token: str, server: "Server") -> list[Json]:
+    def spans_of(self, token: str, server: "Server", pod: Pod = CLIENT) -> list[Json]:
         """Spans of the calls with `token` in their path, once all are there."""
         marker = f"marker-{next(_serial)}"
-        fetch(server, f"/{marker}")
+        fetch(server, f"/{marker}", pod)
 
         def arrived() -> bool:
             return len(spans_with(self.all_spans(), marker)) == 2
@@ -206,6 +206,20 @@ def session_agent(
     finally:
         if agent.process is not None and agent.process.poll() is None:
             agent.kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_kernel() -> Iterator[None]:
+    """The kernel found nothing to complain about while the tests ran."""
+    before = kernel_complaints()
+    yield
+    assert kernel_complaints() == before
+
+
+def kernel_complaints() -> list[str]:
+    done = subprocess.run(["dmesg"], capture_output=True, text=True, check=True)
+    bad = ("WARNING:", "BUG:", "Oops", "Call Trace", "refcount_t", "stall")
+    return [line for line in done.stdout.splitlines() if any(b in line for b in bad)]
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
 """Traces of real calls: whole, correlated, timed, and never under a wrong parent."""
 
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 from vm.conftest import (
     BACK,
@@ -188,6 +192,93 @@ def test_an_application_that_forwards_its_headers_keeps_the_trace(
     assert seen.headers["x-b3-spanid"] == inner["id"]
     assert seen.headers["x-b3-parentspanid"] == root["id"]
     assert seen.head.count(b"x-b3-spanid") == 1
+
+
+def test_an_event_loop_claims_no_parent_while_it_serves_two(agent: Agent) -> None:
+    """One thread takes request B while A is open, then calls for one of the two."""
+    with serving(BACK) as back, FRONT.inside():
+        listener = socket.create_server((FRONT.ipv4, 0))
+        answer = b"HTTP/1.1 204 No Content\r\n\r\n"
+        address = Server(FRONT, FRONT.ipv4, listener.getsockname()[1])
+
+        def loop() -> None:
+            socks = [listener.accept()[0] for _ in range(2)]
+            for sock in socks:
+                sock.recv(65536)
+            with connected(back, FRONT) as upstream:
+                upstream.sendall(head_of(back, "/loop/inner"))
+                read_response(upstream)
+            for sock in socks:
+                sock.sendall(answer)
+                sock.close()
+
+        server = threading.Thread(target=loop)
+        server.start()
+        with connected(address) as a, connected(address) as b:
+            a.sendall(head_of(address, "/loop/a"))
+            b.sendall(head_of(address, "/loop/b"))
+            read_response(a)
+            read_response(b)
+        server.join()
+        listener.close()
+        spans = agent.spans_of("/loop/", back, FRONT)
+    inner = [s for s in spans if s["tags"]["http.url"].endswith("/loop/inner")]
+    assert len(spans) == 6
+    assert [s["tags"]["podspan.link"] for s in inner if s["kind"] == "CLIENT"] == [
+        "none"
+    ]
+    assert len({s["traceId"] for s in spans}) == 3
+
+
+def test_where_threads_hand_work_over_no_parent_is_claimed(
+    agent: Agent, tmp_path: Path
+) -> None:
+    """A process of its own: what is learnt of it is not learnt of the others."""
+    with serving(BACK) as back:
+        script = tmp_path / "roaming.py"
+        script.write_text(ROAMING)
+        command = [sys.executable, script, FRONT.ipv4, back.address, back.port]
+        with subprocess.Popen(
+            FRONT.command(*map(str, command)), stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            front = Server(FRONT, FRONT.ipv4, int(process.stdout.readline()))
+            for path in ("/roam/1", "/roam/2"):
+                with connected(front) as sock:
+                    sock.sendall(head_of(front, path))
+                    read_response(sock, bodiless=True)
+            spans = agent.spans_of("/roam", back, FRONT)
+            process.kill()
+    inner = [s for s in spans if "/roam-inner/" in s["tags"]["http.url"]]
+    links = {
+        s["tags"]["http.url"][-1]: s["tags"]["podspan.link"]
+        for s in inner
+        if s["kind"] == "CLIENT"
+    }
+    # The thread that received /roam/2 called while another one owned the work.
+    assert links["2"] == "none"
+
+
+# The first request's response is sent by another thread than the one that received it.
+ROAMING = """
+import socket, sys, threading
+host, back, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+listener = socket.create_server((host, 0))
+print(listener.getsockname()[1], flush=True)
+for n in (1, 2):
+    sock, _ = listener.accept()
+    sock.recv(65536)
+    with socket.create_connection((back, port)) as up:
+        head = f"GET /roam-inner/{n} HTTP/1.1\\r\\nhost: b\\r\\n\\r\\n"
+        up.sendall(head.encode())
+        up.recv(65536)
+    answer = b"HTTP/1.1 204 No Content\\r\\n\\r\\n"
+    thread = threading.Thread(target=sock.sendall, args=(answer,))
+    thread.start()
+    thread.join()
+    sock.close()
+listener.accept()
+"""
 
 
 def test_an_unsampled_call_is_passed_on_and_not_recorded(agent: Agent) -> None:
