@@ -33,7 +33,7 @@ class Injection:
         self.client = client
         self.server = server
         self._stack = ExitStack()
-        self._listeners: dict[tuple[str, int], socket.socket] = {}
+        self._listeners: dict[tuple[str, int, int], socket.socket] = {}
         self._taken: list[Exchange] = []
 
     def __enter__(self):
@@ -52,10 +52,10 @@ class Injection:
     def __exit__(self, *exc_info):
         self._stack.close()
 
-    def connect(self, version=4, *, here=None, there=None, sndbuf=0):
+    def connect(self, version=4, *, here=None, there=None, sndbuf=0, rcvbuf=0):
         """Return a client's socket and the server's; `here` is the client's pod."""
         here, there = here or self.client, there or self.server
-        listener = self._listener(there, version)
+        listener = self._listener(there, version, rcvbuf)
         with here.inside():
             client = socket.socket(FAMILIES[version])
         # Python makes a socket with a time limit non-blocking, which is another test.
@@ -125,14 +125,16 @@ class Injection:
         self._taken.append(Exchange.from_kernel(self._ring.event(data)))
         return 0
 
-    def _listener(self, namespace, version):
-        key = (namespace.name, version)
+    def _listener(self, namespace, version, rcvbuf):
+        key = (namespace.name, version, rcvbuf)
         if key not in self._listeners:
             address = namespace.ipv4 if version == 4 else namespace.ipv6
             with namespace.inside():
                 listener = socket.create_server(
                     (address, 0), family=FAMILIES[version], backlog=512
                 )
+            if rcvbuf:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
             listener.settimeout(DEADLINE_S)
             self._listeners[key] = self._stack.enter_context(listener)
         return self._listeners[key]

@@ -538,6 +538,27 @@ def send_some(sock, data):
             select.select([], [sock], [], DEADLINE_S)
 
 
+# SO_SNDBUF, bytes of the head, step of the cut
+BUFFERS = (
+    (2304, 3000, 101),
+    (4000, 8000, 211),
+    (8000, 16000, 331),
+    (12_000, 16000, 331),
+)
+
+
+def read_into(received, sock):
+    received.append(read_all(sock))
+
+
+def send_once(sock, data):
+    """Return how much of it the kernel takes now."""
+    try:
+        return sock.send(data)
+    except BlockingIOError:
+        return 0
+
+
 class TestFullBuffers:
     """A push into a full buffer is cut short, and the application sends the rest."""
 
@@ -591,6 +612,46 @@ class TestFullBuffers:
         received = injection.send_by(send, sndbuf=50_000)
         assert received.endswith(body + make_head())
         assert injection.losses()["pipelined"] == 1
+
+    def test_nothing_is_inserted_that_may_not_fit(self, injection):
+        """Of what a push leaves unsent the application must not be told too much.
+
+        The server does not read, so the head's first piece fills the buffer more or
+        less; then the second is sent once, and may be cut short.
+        """
+        injected = refused = cut_short = 0
+        for sndbuf, size, step in BUFFERS:
+            head = make_head(size=size)
+            for first in range(500, size - 200, step):
+                client, server = injection.connect(sndbuf=sndbuf, rcvbuf=2304)
+                with server:
+                    with client:
+                        client.setblocking(False)
+                        at = send_once(client, head[:first])
+                        if at == first:
+                            at += send_once(client, head[first:])
+                            cut_short += first < at < size
+                        received = []
+                        reader = threading.Thread(
+                            target=read_into, args=(received, server)
+                        )
+                        reader.start()
+                        all_at_once(client, head[at:])
+                    reader.join()
+                # A first piece that is cut short hides the second: no record then.
+                expected = head
+                for record in injection.records():
+                    if record.flags & FLAG_INJECTED:
+                        expected = with_our_headers(head, record)
+                        injected += 1
+                check_whole(received[0], expected, (sndbuf, size, first))
+                losses = injection.losses()
+                assert set(losses) <= {"inject_buffer"}
+                refused += bool(losses)
+        print(f"{injected} injected, {refused} refused, {cut_short} cut short")
+        assert injected
+        assert refused
+        assert cut_short
 
     def test_a_partial_write_of_a_writev(self, injection):
         head, body = request_with_body(2_000_000, "length")
