@@ -31,6 +31,17 @@ static inline struct connection *establish(void *sk, u32 netns)
 	return c;
 }
 
+/* A subflow in a sockhash breaks MPTCP's fallback to TCP before 6.6.118. */
+static inline int is_mptcp(void *sk)
+{
+	u8 is = 0;
+
+#ifdef OFFSET_tcp_sock__is_mptcp
+	KERNEL_READ(is, sk, tcp_sock, is_mptcp);
+#endif
+	return is;
+}
+
 static inline void describe(struct connection *c, void *sk)
 {
 	u16 port = 0;
@@ -122,7 +133,7 @@ int lifecycle(struct bpf_sock_ops *ops)
 			return 1;
 		c->connect_end_ns = bpf_ktime_get_ns();
 		describe(c, sk);
-		if (!(policy_of(c->netns) & POLICY_ENROL))
+		if (!(policy_of(c->netns) & POLICY_ENROL) || is_mptcp(sk))
 			break;
 		/* A statement of its own: bcc's rewriting ends it with a semicolon. */
 		failed = enrolled.sock_hash_update(ops, &key, BPF_NOEXIST);
