@@ -1,6 +1,6 @@
 """Parse the head of an HTTP/1.x message, strictly.
 
-The bytes so far in, a head out. The kernel's byte scanner (bpf/head_scanner.h) is
+The bytes so far in, a head out. The kernel's byte scanner (bpf/scanner.h) is
 tested against this module, so every rule is explicit; RFC 9112 unless noted.
 
 Head (section 2.1)

@@ -27,7 +27,9 @@ class Blob:
         self.strings += text.encode() + b"\0"
         return len(self.strings) - len(text) - 1
 
-    def add(self, kind: int, name: str, size: int, tail: bytes = b"", vlen=0, flag=0):
+    def add(
+        self, kind: int, name: str, size: int, tail: bytes = b"", vlen=0, flag=0
+    ) -> int:
         info = kind << 24 | vlen | flag
         self.types += struct.pack("<III", self.name(name), info, size) + tail
         self.count += 1
