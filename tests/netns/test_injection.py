@@ -542,7 +542,9 @@ def send_some(sock, data):
 BUFFERS = (
     (2304, 3000, 101),
     (4000, 8000, 211),
-    (8000, 16000, 331),
+    (8000, 3000, 101),
+    (8000, 8000, 211),
+    (12_000, 8000, 211),
     (12_000, 16000, 331),
 )
 
@@ -631,7 +633,7 @@ class TestFullBuffers:
                         if at == first:
                             at += send_once(client, head[first:])
                             cut_short += first < at < size
-                        received = []
+                        received: list[bytes] = []
                         reader = threading.Thread(
                             target=read_into, args=(received, server)
                         )
