@@ -143,5 +143,8 @@ def _address(packed: bytes) -> str:
 
 
 def _text(raw: bytes) -> str:
-    """Read a text that the kernel may have cut, also inside a character."""
-    return raw.decode("utf-8", "replace")
+    """Read a text that the kernel may have cut, also inside a character.
+
+    Space after a header's value comes along.
+    """
+    return raw.decode("utf-8", "replace").rstrip(" \t")

@@ -6,6 +6,10 @@
 #ifndef PODSPAN_B3_H
 #define PODSPAN_B3_H
 
+#define TEXT8(a, b, c, d, e, f, g, h)                                                  \
+	((u64)(a) | (u64)(b) << 8 | (u64)(c) << 16 | (u64)(d) << 24 | (u64)(e) << 32 | \
+	 (u64)(f) << 40 | (u64)(g) << 48 | (u64)(h) << 56)
+
 static inline u8 hex_digit(u8 nibble)
 {
 	return nibble + '0' + (((nibble + 6) >> 4) & 1) * 39;

@@ -35,14 +35,14 @@ static inline int read_head_context(struct connection *c)
 	c->parent_id = 0;
 	c->flags = 0;
 	if (HAS(s, HEADER_SAMPLED)) {
-		u8 value = c->text.sampled[0];
+		u16 length = s->length_of[HEADER_SAMPLED];
+		u64 value = *(u64 *)c->text.sampled;
 
-		if (s->length_of[HEADER_SAMPLED] == 1 && value == '0')
+		/* The text may go on with spaces that are not the value's. */
+		value &= length < 8 ? (1ULL << length * 8) - 1 : 0;
+		if (value == '0' || value == TEXT8('f', 'a', 'l', 's', 'e', 0, 0, 0))
 			sampled = 0;
-		else if (s->length_of[HEADER_SAMPLED] == 5 && value == 'f')
-			sampled = 0;
-		else if (!(s->length_of[HEADER_SAMPLED] == 1 && value == '1') &&
-			 !(s->length_of[HEADER_SAMPLED] == 4 && value == 't'))
+		else if (value != '1' && value != TEXT8('t', 'r', 'u', 'e', 0, 0, 0, 0))
 			return CONTEXT_MALFORMED;
 	}
 	if (HAS(s, HEADER_FLAGS) && s->length_of[HEADER_FLAGS] == 1 && c->text.flags[0] == '1') {

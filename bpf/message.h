@@ -106,7 +106,7 @@ static inline void response_head(struct connection *c)
 	int is_head = method == ('H' | 'E' << 8 | 'A' << 16 | 'D' << 24) &&
 		      !c->text.method[4];
 
-	if (status < 200 && status != 101) {
+	if (status >= 100 && status < 200 && status != 101) {
 		/* Interim: the response proper is still to come. */
 		scan_next(s);
 		c->response_first_ns = 0;

@@ -60,11 +60,13 @@ class Btf:
 
         Raises FeatureMissing where it is not BTF, or has a kind this code predates.
         """
-        magic, _version, _flags, header, types, types_len, strings, strings_len = (
+        if len(raw) < HEADER.size or raw[:2] != MAGIC.to_bytes(2, "little"):
+            raise FeatureMissing("kernel BTF: not in BTF format")
+        _, _version, _flags, header, types, types_len, strings, strings_len = (
             HEADER.unpack_from(raw)
         )
-        if magic != MAGIC:
-            raise FeatureMissing("kernel BTF: not in BTF format")
+        if header + max(types + types_len, strings + strings_len) > len(raw):
+            raise FeatureMissing("kernel BTF: the file ends early")
         self._raw = raw
         self._strings = raw[header + strings : header + strings + strings_len]
         self._offsets = [0]  # type 0 is void
