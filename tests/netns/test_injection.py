@@ -865,12 +865,28 @@ PAGES_PER_PROCESSOR = (
 )
 
 
+BALLAST_PAGES = REQUESTS * 148 // 4096 * 3 // 2
+
+
 class TestMemory:
     """The kernel charges the socket for what is inserted, and discharges what is sent.
 
     Where these did not agree, the socket's forward allocation would drift, and with it
     the count of pages that limits TCP on the whole node.
     """
+
+    @pytest.fixture(autouse=True)
+    def ballast(self, injection):
+        """The count is never shown below zero: make room for a fall."""
+        with ExitStack() as stack:
+            while tcp_pages() < BALLAST_PAGES:
+                client, server = injection.connect(here=injection.server)
+                stack.enter_context(client)
+                stack.enter_context(server)
+                client.setblocking(False)
+                while send_once(client, bytes(100_000)):
+                    pass
+            yield
 
     def test_connections_leave_no_page_behind(self, injection):
         before = settled_tcp_pages()
@@ -889,6 +905,30 @@ class TestMemory:
         assert injection.losses() == {}
         assert abs(after - before) <= noise_pages()
 
+    def test_a_closed_connection_leaves_no_entry(self, injection):
+        """However it ends: closed here or there first, reset, half-closed."""
+        table = injection.programs.bpf[b"connections"]
+        wait_for(lambda: len(table) == 0)
+        for end in (close_here, close_there, reset, half_close):
+            client, server = injection.connect()
+            client.sendall(HEADS["no context"])
+            server.recv(4096)
+            assert len(table) == 1
+            end(client, server)
+            client.close()
+            server.close()
+            wait_for(lambda: len(table) == 0)
+            assert injection.record().span_id, end.__name__
+        # One that sends nothing, and one that is refused.
+        for sock in injection.connect():
+            sock.close()
+        with injection.client.inside():
+            refused = socket.socket()
+        with refused, pytest.raises(ConnectionRefusedError):
+            refused.connect((injection.server.ipv4, 1))
+        wait_for(lambda: len(table) == 0)
+        assert injection.records() == []
+
     def test_a_long_connection_keeps_its_account(self, injection):
         """As if responses were seen, which ends an exchange, between the requests."""
         before = settled_tcp_pages()
@@ -904,9 +944,9 @@ class TestMemory:
             connection.open = 0
             table[key] = connection
             if number % 10_000 == 0:
-                print(number, tcp_pages(), forward_allocation(injection.client))
+                print(number, tcp_pages(), forward_allocation(injection.client, client))
         during = tcp_pages()
-        forward = forward_allocation(injection.client)
+        forward = forward_allocation(injection.client, client)
         client.close()
         server.close()
         after = settled_tcp_pages()
@@ -923,15 +963,43 @@ class TestMemory:
 LINGER_0 = struct.pack("ii", 1, 0)  # struct linger
 
 
+def close_here(client, server):
+    client.close()
+    assert server.recv(1) == b""
+
+
+def close_there(client, server):
+    server.close()
+    assert client.recv(1) == b""
+
+
+def reset(client, server):
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+
+
+def half_close(client, server):
+    client.shutdown(socket.SHUT_WR)
+    assert server.recv(1) == b""
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def tcp_pages():
     sockstat = Path("/proc/net/sockstat").read_text()
     [pages] = re.findall(r"^TCP: .* mem (-?\d+)$", sockstat, re.MULTILINE)
     return int(pages)
 
 
-def forward_allocation(pod):
-    """Bytes that the pod's only client socket has set aside: `f` of ss(8)'s skmem."""
-    [size] = re.findall(r"skmem:.*,f(-?\d+),", pod.run("ss", "-tmn").stdout)
+def forward_allocation(pod, client):
+    """Bytes that the pod's socket has set aside: `f` of ss(8)'s skmem."""
+    port = client.getsockname()[1]
+    argv = ["ss", "--tcp", "--memory", "--no-header", "sport", "=", f":{port}"]
+    [size] = re.findall(r"skmem:.*,f(-?\d+),", pod.run(*argv).stdout)
     return int(size)
 
 
