@@ -33,7 +33,7 @@ static inline int read_head_context(struct connection *c)
 
 	c->trace_id_high = 0;
 	c->parent_id = 0;
-	c->flags = 0;
+	c->flags = FLAG_SAMPLED;	/* a new root's, where the head's decision is malformed */
 	if (HAS(s, HEADER_SAMPLED)) {
 		u16 length = s->length_of[HEADER_SAMPLED];
 		u64 value = *(u64 *)c->text.sampled;
@@ -45,6 +45,7 @@ static inline int read_head_context(struct connection *c)
 		else if (value != '1' && value != TEXT8('t', 'r', 'u', 'e', 0, 0, 0, 0))
 			return CONTEXT_MALFORMED;
 	}
+	c->flags = 0;
 	if (HAS(s, HEADER_FLAGS) && s->length_of[HEADER_FLAGS] == 1 && c->text.flags[0] == '1') {
 		sampled = FLAG_SAMPLED;
 		c->flags = FLAG_ACCEPTED_DEBUG;

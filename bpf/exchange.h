@@ -50,7 +50,7 @@ struct exchange_record {
 	u64 request_last_ns;
 	u64 response_first_ns;
 	u64 response_last_ns;
-	u64 request_bytes;	/* body bytes on the wire, chunk framing included */
+	u64 request_bytes;	/* of the body, without chunk framing */
 	u64 response_bytes;
 	u64 sock;		/* struct sock address: unique while it is open */
 	u32 netns;		/* inode of the network namespace */

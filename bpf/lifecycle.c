@@ -59,12 +59,19 @@ static inline void describe(struct connection *c, void *sk)
 /* The connection is gone, or this end wants no more of it. */
 static inline void close_exchange(struct connection *c, void *sk)
 {
-	u32 error = 0;
+	u32 error = 0, write_seq = 0;
+	s32 missed;
 	u8 response = c->scan[RESPONSE].state;
 	u8 end;
 
 	if (!c->open)
 		return;
+	/* The last of the request may have passed unseen (request_entry). A FIN that
+	 * write_seq counts is none of the body's bytes, so it is not taken for one. */
+	KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
+	missed = write_seq - c->send_seq;
+	if (c->enrolled && missed > 0)
+		c->request_bytes += scan_skip(&c->scan[REQUEST], missed);
 	KERNEL_READ(error, sk, sock, sk_err);
 	if (error)
 		end = END_RESET;

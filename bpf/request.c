@@ -25,6 +25,7 @@ BPF_PROG_ARRAY(request_steps, 2);
 #define LINE_PARENT_ID 37
 #define LINE_SAMPLED 17
 
+#define HEAD_END_MAX 0x7fff	/* in the message: what precedes a head is moved with it */
 #define INSERT_MAX 192	/* all lines together, rounded up */
 
 #define INSERT_REQUEST_ID 1
@@ -155,12 +156,17 @@ int request_inject(struct sk_msg_md *msg)
 	struct scanner *s;
 	u8 *data, *end, *p;
 	u8 insert;
-	s64 head_at, span_at, parent_at, where;
+	s64 span_at, parent_at, where;
 	int found;
 
 	if (!c || !t)
 		return SK_PASS;
 	s = &c->scan[REQUEST];
+	scan_body(s, 0);
+	if (s->state == SCAN_OPAQUE) {
+		forsake(c, LOSS_REQUEST_UNPARSED);
+		return SK_PASS;
+	}
 	remember_thread(c, bpf_get_current_pid_tgid());
 	found = client_context(c);
 	head_end = c->message_at;	/* one past the head, in this message */
@@ -180,12 +186,9 @@ int request_inject(struct sk_msg_md *msg)
 		goto done;
 	}
 
-	/* Where the head, or what this message has of it, and forwarded values begin. */
-	head_at = (s64)head_end - s->head_bytes;
-	span_at = head_at + s->at_of[HEADER_SPAN_ID];
-	parent_at = head_at + s->at_of[HEADER_PARENT_ID];
-	if (head_at < 0)
-		head_at = 0;
+	/* Where forwarded values begin: negative in a message that has passed. */
+	span_at = (s64)head_end - s->head_bytes + s->at_of[HEADER_SPAN_ID];
+	parent_at = (s64)head_end - s->head_bytes + s->at_of[HEADER_PARENT_ID];
 	insert = HAS(s, HEADER_REQUEST_ID) ? 0 : INSERT_REQUEST_ID;
 	/* B3: debug implies accept, and is not sent along with it. */
 	if (!HAS(s, HEADER_SAMPLED) && !(c->flags & FLAG_ACCEPTED_DEBUG))
@@ -207,14 +210,16 @@ int request_inject(struct sk_msg_md *msg)
 			insert |= INSERT_PARENT_ID;
 	}
 
+	/* Into one piece, and that the first: bpf_msg_push_data puts bytes at the wrong
+	 * place in others (`rsge.offset`, mended in 2026). */
+	if (head_end > HEAD_END_MAX || bpf_msg_pull_data(msg, 0, head_end, 0)) {
+		lose(LOSS_INJECT_MEMORY);
+		goto done;
+	}
 	if (found == CONTEXT_VALID) {
-		if (bpf_msg_pull_data(msg, head_at, head_end, 0)) {
-			lose(LOSS_INJECT_MEMORY);
-			goto done;
-		}
 		data = (u8 *)(long)msg->data;
 		end = (u8 *)(long)msg->data_end;
-		where = (span_at - head_at) & 0x7fff;
+		where = span_at & HEAD_END_MAX;
 		p = data + where;
 		if (p + 16 > end) {
 			lose(LOSS_INJECT_CUT);
@@ -223,7 +228,7 @@ int request_inject(struct sk_msg_md *msg)
 		hex_write(p, c->span_id);
 		if (HAS(s, HEADER_PARENT_ID)) {
 			/* Cannot fail: the head was scanned in this range. */
-			where = (parent_at - head_at) & 0x7fff;
+			where = parent_at & HEAD_END_MAX;
 			p = data + where;
 			if (p + 16 <= end)
 				hex_write(p, c->parent_id);
@@ -295,11 +300,9 @@ int request_inject(struct sk_msg_md *msg)
 	c->message_at = head_end + length;
 	c->send_seq += length;
 	size += length;
-#if PODSPAN_KERNEL_VERSION < KERNEL_VERSION(6, 5, 0)
-	/* Without MSG_MORE between the pieces of a message (f8dd95b29d7e, 6.5) each
-	 * would be a segment of its own; failing here costs only that. */
-	bpf_msg_pull_data(msg, head_at, head_end + length, 0);
-#endif
+	/* One piece again: tcp_bpf_push sends each on its own, and a peer may then read
+	 * half a head (before 6.5 nearly always, seen on 6.12 as well). Failing costs that. */
+	bpf_msg_pull_data(msg, 0, head_end + length, 0);
 	goto done;
 undo:
 	lose(LOSS_INJECT_MEMORY);
@@ -308,11 +311,6 @@ undo:
 		return SK_DROP;
 	}
 done:
-	scan_body(s, 0);
-	if (s->state == SCAN_OPAQUE) {
-		lose(LOSS_REQUEST_UNPARSED);
-		return SK_PASS;
-	}
 	at = c->message_at;
 	if (at < size) {
 		u64 skipped = scan_skip(s, size - at);

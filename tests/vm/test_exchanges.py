@@ -1,6 +1,7 @@
 """HTTP/1.1 as it is framed: one row per way, the same verdict on both ends."""
 
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -168,6 +169,22 @@ def test_a_long_head_in_one_piece_and_byte_by_byte(agent: Agent, size: int) -> N
         if "long" in request.path:
             assert request.headers["x-padding"] == "p" * (size - 200)
             assert "x-b3-traceid" in request.headers
+
+
+def test_a_head_sent_at_once_arrives_at_once(agent: Agent) -> None:
+    """TCP promises nothing, but there are servers that read once and answer."""
+    with FRONT.inside():
+        listener = socket.create_server((FRONT.ipv4, 0))
+    server = Server(FRONT, FRONT.ipv4, listener.getsockname()[1])
+    with listener:
+        for i in range(40):
+            with connected(server) as client:
+                client.sendall(head_of(server, f"/at-once/{i}"))
+                accepted, _ = listener.accept()
+                with accepted:
+                    received = accepted.recv(65536)
+            assert b"x-b3-traceid" in received
+            assert received.endswith(b"\r\n\r\n"), (i, received)
 
 
 def test_nginx_and_curl(agent: Agent, tmp_path: Path) -> None:
