@@ -37,6 +37,7 @@ class End(IntEnum):
     CLOSED_THERE = 4
     RESET = 5
     NEXT_REQUEST = 6
+    UNSEEN = 7
 
 
 # `enum exchange_flags`. Plain ints: an IntFlag costs a microsecond per test.

@@ -216,6 +216,8 @@ def _tags(exchange: Exchange, host: str) -> dict[str, str]:
     if end is not End.COMPLETE:
         tags["podspan.end"] = _END_TEXT[end]
     # As Envoy, unlike OpenTelemetry: 4xx is an answer, not an error.
-    if status == 0 or status >= 500 or end in BROKEN:
+    # What was not seen may have gone well.
+    unanswered = status == 0 and end is not End.UNSEEN
+    if unanswered or status >= 500 or end in BROKEN:
         tags["error"] = "true"
     return tags

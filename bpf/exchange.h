@@ -29,7 +29,8 @@ enum exchange_end {
 	END_CLOSED_HERE = 3,	/* this end closed before the response was complete */
 	END_CLOSED_THERE = 4,	/* the peer closed before the response was complete */
 	END_RESET = 5,		/* RST, timeout, or another socket error */
-	END_NEXT_REQUEST = 6,	/* framing was lost; the next request ended it */
+	END_NEXT_REQUEST = 6,	/* the response's end was not seen before the next request */
+	END_UNSEEN = 7,		/* the connection could not be followed: see losses.h */
 };
 
 enum exchange_flags {

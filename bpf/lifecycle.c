@@ -73,7 +73,9 @@ static inline void close_exchange(struct connection *c, void *sk)
 	if (c->enrolled && missed > 0)
 		c->request_bytes += scan_skip(&c->scan[REQUEST], missed);
 	KERNEL_READ(error, sk, sock, sk_err);
-	if (error)
+	if (c->scan[REQUEST].state == SCAN_OPAQUE)
+		end = END_UNSEEN;
+	else if (error)
 		end = END_RESET;
 	else if (response == SCAN_UNTIL_EOF && (c->role == ROLE_SERVER || c->closing))
 		end = END_EOF;
@@ -81,7 +83,7 @@ static inline void close_exchange(struct connection *c, void *sk)
 		end = END_CLOSED_THERE;
 	else
 		end = END_CLOSED_HERE;
-	if (end != END_EOF)
+	if (end != END_EOF && end != END_UNSEEN)
 		c->response_last_ns = bpf_ktime_get_ns();
 	finish(c, end);
 }

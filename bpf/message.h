@@ -6,9 +6,14 @@
 
 #include "context.h"
 
+/* Follow this connection no more. We would not see the end of an exchange under way: no
+ * thread serves a received one any longer; a sent one, whose headers may have arrived,
+ * ends with the connection. */
 static inline void forsake(struct connection *c, u32 reason)
 {
 	lose(reason);
+	if (c->role == ROLE_SERVER || reason == LOSS_PIPELINED)
+		c->open = 0;
 	c->scan[REQUEST].state = SCAN_OPAQUE;
 	c->scan[RESPONSE].state = SCAN_OPAQUE;
 }
@@ -80,7 +85,6 @@ static inline int message_begins(struct connection *c, int is_response, u64 now)
 	if (s->state == SCAN_START) {
 		if (c->open) {
 			if (!c->response_first_ns) {
-				c->open = 0;
 				forsake(c, LOSS_PIPELINED);
 				return 0;
 			}

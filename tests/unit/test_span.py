@@ -121,6 +121,8 @@ def test_a_server_without_host_goes_by_its_own_address():
         ({"status": 0, "end": End.CLOSED_THERE}, True),
         ({"status": 200, "end": End.EOF}, False),
         ({"status": 200, "end": End.NEXT_REQUEST}, False),
+        ({"status": 0, "end": End.UNSEEN}, False),
+        ({"status": 500, "end": End.UNSEEN}, True),
         ({"status": 200, "end": End.CLOSED_HERE}, True),
         ({"status": 200, "end": End.CLOSED_THERE}, True),
         ({"status": 200, "end": End.RESET}, True),
@@ -222,4 +224,5 @@ def test_hostile_texts_give_one_line_of_json(target, host, user_agent):
     assert text.isascii()
     assert "\n" not in text
     tags = json.loads(text)["tags"]
-    assert tags["user_agent"] == (user_agent.decode("utf-8", "replace") or "-")
+    kept = user_agent.decode("utf-8", "replace").rstrip(" \t")
+    assert tags["user_agent"] == (kept or "-")

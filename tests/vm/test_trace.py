@@ -22,6 +22,7 @@ from vm.conftest import (
     headers_of,
     read_response,
     serving,
+    wait_for,
 )
 
 CALLS = 23
@@ -281,6 +282,34 @@ listener.accept()
 """
 
 
+def test_a_connection_given_up_is_nobodys_parent(agent: Agent) -> None:
+    """A response with bare line feeds: the connection is not followed any longer."""
+    with serving(BACK) as back:
+
+        def answer(request: Request) -> bytes:
+            if request.path == "/given-up/1":
+                return b"HTTP/1.1 200 OK\ncontent-length: 2\n\nok"
+            if request.path == "/given-up/2":
+                fetch(back, "/given-up/inner", FRONT)
+            return b"HTTP/1.1 204 No Content\r\n\r\n"
+
+        with serving(FRONT, answer) as front:
+            with connected(front) as sock:
+                sock.sendall(head_of(front, "/given-up/1"))
+                assert sock.recv(100).endswith(b"ok")
+                sock.sendall(head_of(front, "/given-up/2"))
+                read_response(sock)
+            spans = agent.spans_of("/given-up/", front)
+    inner = [s for s in spans if s["tags"]["http.url"].endswith("/inner")]
+    assert len(inner) == 2
+    assert {s["tags"]["podspan.link"] for s in inner if s["kind"] == "CLIENT"} == {
+        "none"
+    }
+    (first,) = [s for s in spans if s["tags"]["http.url"].endswith("/1")]
+    assert first["tags"]["podspan.end"] == "unseen"
+    assert first["traceId"] != inner[0]["traceId"]
+
+
 def test_an_unsampled_call_is_passed_on_and_not_recorded(agent: Agent) -> None:
     with serving(FRONT) as server:
         with connected(server) as sock:
@@ -349,6 +378,13 @@ def test_killing_the_agent_under_load_fails_no_call(agent: Agent) -> None:
     with serving(FRONT) as server:
         fetch(server, "/before-the-kill/1")
 
+        def wait_for_more(calls: int) -> None:
+            wanted = len(server.requests) + calls
+            wait_for(
+                lambda: len(server.requests) >= wanted or bool(failures),
+                f"{calls} more calls; so far {failures}",
+            )
+
         def load() -> None:
             counts.append(chatter(server, stop, failures))
 
@@ -356,13 +392,9 @@ def test_killing_the_agent_under_load_fails_no_call(agent: Agent) -> None:
         for thread in threads:
             thread.start()
         try:
-            served = len(server.requests)
-            while len(server.requests) < served + 50:
-                time.sleep(0.01)
+            wait_for_more(50)
             agent.kill()
-            served = len(server.requests)
-            while len(server.requests) < served + 200:
-                time.sleep(0.01)
+            wait_for_more(200)
             # And new connections work as well.
             assert fetch(server, "/after-the-kill/1").endswith(b"/after-the-kill/1")
         finally:
