@@ -141,7 +141,6 @@ int sendpage_entry(struct pt_regs *ctx, void *sk, void *page, int offset, u64 si
 	return 0;
 }
 
-
 int receive_entry(struct pt_regs *ctx, void *sk, void *msg, u64 size, u64 fourth, u64 fifth)
 {
 	u64 key = (u64)sk, thread;

@@ -198,9 +198,6 @@ struct scanner {
 /* What the includer knows of a header's name, or NULL. */
 static inline struct scan_entry *scan_lookup(struct scan_name *name);
 
-/* What was stored comes back as an unknown number: the verifier, which has followed
- * each way here, sees that they are one from now on. */
-#define scan_merge() asm volatile("" ::: "memory")
 #define scan_forget(number) asm volatile("" : "+r"(number))
 
 static inline void scan_keep(struct scanner *s, u8 *text, u8 c)
