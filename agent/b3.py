@@ -28,7 +28,7 @@ SAMPLED = b"x-b3-sampled"
 FLAGS = b"x-b3-flags"
 SINGLE = b"b3"
 
-_NAMES = frozenset({TRACE_ID, SPAN_ID, PARENT_ID, SAMPLED, FLAGS, SINGLE})
+NAMES = frozenset({TRACE_ID, SPAN_ID, PARENT_ID, SAMPLED, FLAGS, SINGLE})
 
 _SAMPLED = {b"1": True, b"true": True, b"0": False, b"false": False}
 
@@ -67,7 +67,7 @@ def extract(headers: Iterable[Header]) -> Context | None:
     found: dict[bytes, bytes] = {}
     for name, value in headers:
         lower = name.lower()
-        if lower in _NAMES:
+        if lower in NAMES:
             found.setdefault(lower, value)
     if not found:
         return None

@@ -26,6 +26,17 @@ class Link(IntEnum):
     NONE = 0
     HEADER = 1
     THREAD = 2
+    UPGRADE = 3
+
+
+class Protocol(IntEnum):
+    """What the connection speaks (`enum exchange_protocol`).
+
+    Of TCP, `request_` is what the opening end sent, `response_` what it received.
+    """
+
+    HTTP = 1
+    TCP = 2
 
 
 class End(IntEnum):
@@ -38,6 +49,8 @@ class End(IntEnum):
     RESET = 5
     NEXT_REQUEST = 6
     UNSEEN = 7
+    CONNECT_FAILED = 8
+    INTERVAL = 9
 
 
 # `enum exchange_flags`. Plain ints: an IntFlag costs a microsecond per test.
@@ -50,6 +63,7 @@ FLAG_ACCEPTED_DEBUG = 8
 _ROLES = {role.value: role for role in Role}
 _LINKS = {link.value: link for link in Link}
 _ENDS = {end.value: end for end in End}
+_PROTOCOLS = {protocol.value: protocol for protocol in Protocol}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +85,25 @@ class Exchange:
     netns: int
     pid: int
     tid: int
+    retransmits: int
     local_addr: str
     local_port: int
     peer_addr: str
     peer_port: int
     status: int  # 0: no response head seen
+    error: int  # errno of the socket when it ended, 0: none
     role: Role
     link: Link
     end: End
     flags: int
     request_minor: int
+    protocol: Protocol
     method: str
     target: str
     host: str
     user_agent: str
     request_id: str
+    client_trace_id: str
     comm: str
 
     @property
@@ -117,21 +135,25 @@ class Exchange:
             raw.netns,
             raw.pid,
             raw.tid,
+            raw.retransmits,
             _address(bytes(raw.local_addr)),
             raw.local_port,
             _address(bytes(raw.peer_addr)),
             raw.peer_port,
             raw.status,
+            raw.error,
             _ROLES[raw.role],
             _LINKS[raw.link],
             _ENDS[raw.end],
             raw.flags,
             raw.request_minor,
+            _PROTOCOLS[raw.protocol],
             _text(raw.method),
             _text(raw.target),
             _text(raw.host),
             _text(raw.user_agent),
             _text(raw.request_id),
+            _text(raw.client_trace_id),
             _text(raw.comm),
         )
 

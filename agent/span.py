@@ -15,7 +15,7 @@ from podspan.agent.b3 import trace_id_text
 from podspan.agent.exchange import FLAG_SAMPLED, End, Exchange, Link, Role
 
 # The texts of the kernel's record are cut at these sizes (bpf/exchange.h).
-HOST_CUT = 64
+HOST_CUT = 96
 
 # What Envoy would write into response_flags. Envoy speaks of downstream (D: who
 # called) and upstream (U: who was called): the peer, or this end, by role.

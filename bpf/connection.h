@@ -153,7 +153,10 @@ static inline void finish(struct connection *c, u8 end)
 	r->end = end;
 	r->flags = c->flags;
 	r->request_minor = c->request_minor;
-	r->reserved = 0;
+	r->protocol = PROTOCOL_HTTP;
+	r->error = 0;
+	r->retransmits = 0;
+	__builtin_memset(r->reserved, 0, sizeof(r->reserved));
 	__builtin_memcpy(r->local_addr, c->local_addr, sizeof(r->local_addr));
 	__builtin_memcpy(r->peer_addr, c->peer_addr, sizeof(r->peer_addr));
 	__builtin_memcpy(r->method, &c->text, TEXT_AT(trace_id));

@@ -20,6 +20,12 @@ enum exchange_link {
 	LINK_NONE = 0,		/* it did not: a new root */
 	LINK_HEADER = 1,	/* from the B3 headers in the request's own head */
 	LINK_THREAD = 2,	/* from what the sending thread was serving */
+	LINK_UPGRADE = 3,	/* TCP: from the request that made the connection a tunnel */
+};
+
+enum exchange_protocol {
+	PROTOCOL_HTTP = 1,
+	PROTOCOL_TCP = 2,	/* not HTTP/1, or no longer: no request and response in it */
 };
 
 /* How the exchange ended. */
@@ -31,6 +37,8 @@ enum exchange_end {
 	END_RESET = 5,		/* RST, timeout, or another socket error */
 	END_NEXT_REQUEST = 6,	/* the response's end was not seen before the next request */
 	END_UNSEEN = 7,		/* the connection could not be followed: see losses.h */
+	END_CONNECT_FAILED = 8,	/* the connection was never made: see `error` */
+	END_INTERVAL = 9,	/* TCP: it goes on, this is a part of it */
 };
 
 enum exchange_flags {
@@ -40,6 +48,8 @@ enum exchange_flags {
 	FLAG_ACCEPTED_DEBUG = 8,	/* x-b3-flags: 1 */
 };
 
+/* PROTOCOL_TCP: request_ is what the opening end sent, response_ what it received, and
+ * the times are those of the first and last bytes each way; there is no text. */
 struct exchange_record {
 	u64 trace_id_high;
 	u64 trace_id_low;
@@ -57,24 +67,28 @@ struct exchange_record {
 	u32 netns;		/* inode of the network namespace */
 	u32 pid;		/* user space's pid (the kernel's tgid) and tid of the thread */
 	u32 tid;		/* that sent (client) or received (server) the request's head */
+	u32 retransmits;	/* segments that this end sent again meanwhile */
 	u16 local_port;
 	u16 peer_port;
 	u16 status;		/* 0: no response head seen */
+	u16 error;		/* errno of the socket when it ended; 0: none */
 	u8 role;
 	u8 link;
 	u8 end;
 	u8 flags;
 	u8 request_minor;	/* HTTP/1.x */
-	u8 reserved;
+	u8 protocol;
+	u8 reserved[2];
 	u8 local_addr[16];
 	u8 peer_addr[16];
 	char method[16];
-	char target[192];	/* request-target, as it stands in the request line */
-	char host[64];
+	char target[256];	/* request-target, as it stands in the request line */
+	char host[96];
 	char user_agent[96];
 	char request_id[40];	/* x-request-id, after injection */
+	char client_trace_id[40];	/* x-client-trace-id */
 	char comm[16];
 };
-_Static_assert(sizeof(struct exchange_record) == 584, "padding");
+_Static_assert(sizeof(struct exchange_record) == 728, "padding");
 
 #endif

@@ -122,26 +122,34 @@ enum scan_header {
 	HEADER_PARENT_ID,
 	HEADER_SAMPLED,
 	HEADER_FLAGS,
+	HEADER_B3,
+	HEADER_TRACEPARENT,
+	HEADER_CLIENT_TRACE_ID,
 	HEADER_LENGTH,
 	HEADER_CODING,
 };
 #define HEADERS_MASK 15
+#define AGAIN_MAX 4
 
 /* The texts of a request that are kept; longer ones are cut. */
 struct scan_text {
 	u8 method[METHOD_MAX];
-	u8 target[192];
-	u8 host[64];
+	u8 target[256];
+	u8 host[96];
 	u8 user_agent[96];
 	u8 request_id[40];
+	u8 client_trace_id[40];
+	/* So far the record takes them: bpf/exchange.h. */
 	u8 trace_id[32];
 	u8 span_id[16];
 	u8 parent_id[16];
 	u8 sampled[8];
 	u8 flags[8];
-	u8 unused[24];
+	u8 b3[72];
+	u8 traceparent[56];
+	u8 unused[272];
 };
-#define TEXT_SIZE 512
+#define TEXT_SIZE 1024
 _Static_assert(sizeof(struct scan_text) == TEXT_SIZE, "masked by TEXT_SIZE - 1");
 #define TEXT_AT(field) __builtin_offsetof(struct scan_text, field)
 #define TEXT_LEN(field) sizeof(((struct scan_text *)0)->field)
@@ -185,14 +193,17 @@ struct scanner {
 	u16 capture_left;
 	u16 status;
 	u16 length_of[HEADERS_MASK + 1];	/* of each header's value, uncut */
-	u16 at_of[HEADERS_MASK + 1];		/* its place in the head */
+	u16 at_of[HEADERS_MASK + 1];		/* its place in the head; 0 where it is empty */
+	u16 name_at_of[HEADERS_MASK + 1];	/* that of its name */
+	u16 again_at[AGAIN_MAX];		/* names of further B3 lines, of requests */
 	u8 state;
 	u8 is_response;
 	u8 header;		/* whose value is passing */
 	u8 name_length;
 	u8 chunked;		/* 1: chunked, 2: something else */
 	u8 minor;
-	u8 reserved[6];
+	u8 again;		/* how many of them; more than AGAIN_MAX have no place */
+	u8 reserved[5];
 };
 
 /* What the includer knows of a header's name, or NULL. */
@@ -226,11 +237,27 @@ static inline void scan_name_ends(struct scanner *s)
 {
 	struct scan_entry *entry = scan_lookup(&s->name);
 
+	/* The colon has been counted. */
+	u16 name_at = s->head_bytes - 1 - s->name_length;
+	u8 header, again;
+
 	s->header = HEADER_OTHER;
 	scan_value_begins(s, 0, 0);
-	if (!entry || (!entry->repeats && s->seen & (1U << (entry->header & HEADERS_MASK))))
+	if (!entry)
 		return;
-	s->header = entry->header;
+	header = entry->header & HEADERS_MASK;
+	if (!entry->repeats && s->seen & (1U << header)) {
+		again = s->again;
+		if (s->is_response || header < HEADER_TRACE_ID || header > HEADER_B3)
+			return;
+		if (again < AGAIN_MAX)
+			s->again_at[again & (AGAIN_MAX - 1)] = name_at;
+		if (again < 255)
+			s->again = again + 1;
+		return;
+	}
+	s->header = header;
+	s->name_at_of[header] = name_at;
 	s->state = entry->state;
 	if (!s->is_response)
 		scan_value_begins(s, entry->capture_at, entry->capture_left);

@@ -147,6 +147,9 @@ HEADERS = {
     "x-b3-parentspanid": ("PARENT_ID", "OWS", False, "parent_id"),
     "x-b3-sampled": ("SAMPLED", "OWS", False, "sampled"),
     "x-b3-flags": ("FLAGS", "OWS", False, "flags"),
+    "b3": ("B3", "OWS", False, "b3"),
+    "traceparent": ("TRACEPARENT", "OWS", False, "traceparent"),
+    "x-client-trace-id": ("CLIENT_TRACE_ID", "OWS", False, "client_trace_id"),
     "content-length": ("LENGTH", "LENGTH_OWS", True, None),
     "transfer-encoding": ("CODING", "CODING_OWS", True, None),
 }

@@ -74,6 +74,7 @@ def exchange_record(**fields: Any) -> Any:
         "end": 1,
         "flags": 1,
         "request_minor": 1,
+        "protocol": 1,
         "method": b"GET",
         "target": b"/details/0?u=1",
         "host": b"Details:9080",

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 from podspan.agent import exchange as module
-from podspan.agent.exchange import End, Exchange, Link, Role
+from podspan.agent.exchange import End, Exchange, Link, Protocol, Role
 from unit.kernel_struct import (
     declared_size,
     exchange_record,
@@ -26,6 +26,7 @@ def test_the_struct_read_here_is_the_struct_the_compiler_sees():
         (Role, "exchange_role", "ROLE_"),
         (Link, "exchange_link", "LINK_"),
         (End, "exchange_end", "END_"),
+        (Protocol, "exchange_protocol", "PROTOCOL_"),
     ],
 )
 def test_enums_are_those_of_the_kernel(enum, name, prefix):
@@ -45,6 +46,7 @@ def test_every_field_arrives():
         if ctype in (ctypes.c_ulonglong, ctypes.c_uint, ctypes.c_ushort)
     }
     bytes_ = {"role": 2, "link": 1, "end": 6, "flags": 5, "request_minor": 0}
+    bytes_ |= {"protocol": 2}
     exchange = Exchange.from_kernel(exchange_record(**numbers, **bytes_))
 
     high, low = numbers.pop("trace_id_high"), numbers.pop("trace_id_low")
@@ -57,6 +59,7 @@ def test_every_field_arrives():
     assert exchange.sampled
     assert exchange.shared
     assert exchange.request_minor == 0
+    assert exchange.protocol is Protocol.TCP
     assert exchange.method == "GET"
     assert exchange.target == "/details/0?u=1"
     assert exchange.host == "Details:9080"
@@ -74,6 +77,6 @@ def test_addresses_are_text_in_their_own_family():
 
 
 def test_a_text_that_fills_its_field_and_is_cut_in_a_character():
-    target = "/" + "é" * 100
-    exchange = Exchange.from_kernel(exchange_record(target=target.encode()[:192]))
-    assert exchange.target == target[:96] + "\N{REPLACEMENT CHARACTER}"
+    target = "/" + "é" * 150
+    exchange = Exchange.from_kernel(exchange_record(target=target.encode()[:256]))
+    assert exchange.target == target[:128] + "\N{REPLACEMENT CHARACTER}"

@@ -58,7 +58,7 @@ def test_no_struct_is_an_error():
 
 def test_the_fields_of_the_scanner_fill_its_text():
     at, size = text_fields(SOURCE)["unused"]
-    assert at + size == 512
+    assert at + size == 1024
 
 
 def cell(data: bytes, state: str, byte: int) -> tuple[int, int]:

@@ -55,6 +55,11 @@ REQUESTS = {
     "b3": GET + B3 + b"x-request-id: 7f1c5b6e\r\n\r\n",
     "b3 upper case": GET + B3.upper() + b"\r\n",
     "b3 twice": GET + B3 + B3.replace(b"a", b"b") + b"\r\n",
+    "other contexts": GET
+    + b"b3: 463ac35c9f6413ad48485a3953bb6124-a2fb4a1d1a96d312-1-0020000000000001\r\n"
+    + b"traceparent: 00-463ac35c9f6413ad48485a3953bb6124-a2fb4a1d1a96d312-01\r\n"
+    + b"x-client-trace-id: 7f1c5b6e\r\n\r\n",
+    "b3 thrice": GET + B3 * 3 + b"b3: 0\r\nB3: 1\r\nhost: a\r\nhost: b\r\n\r\n",
     "first of two is empty": GET
     + b"Host:\r\nHost: b\r\nX-B3-SpanId: \r\n"
     + B3
@@ -431,6 +436,10 @@ SOURCE_MUTANTS = {
     "one byte too many passes": (HEAD_ENDS, "s->state <= SCAN_END_LF"),
     "long chunked messages are refused": (HEAD_ENDS, "before <= SCAN_TRAILERS_LF"),
     "the last value wins": ("!entry->repeats && s->seen", "0 && s->seen"),
+    "names one too early": ("s->head_bytes - 1 - s->", "s->head_bytes - 2 - s->"),
+    "repeated lines go unnoticed": ("s->again = again + 1;", ";"),
+    "all repeated lines are noted": ("header < HEADER_TRACE_ID ||", ""),
+    "the last repeated line has no place": ("again < AGAIN_MAX)", "again < 3)"),
     "wrong chunk digit": ("9 * (c >> 6)", "8 * (c >> 6)"),
     "more length digits": ("LENGTH_DIGITS_MAX 18", "LENGTH_DIGITS_MAX 19"),
     "fewer length digits": ("LENGTH_DIGITS_MAX 18", "LENGTH_DIGITS_MAX 17"),
@@ -450,7 +459,7 @@ SOURCE_MUTANTS = {
     "one byte is no body": ("} else if (length > 1) {", "} else if (length > 2) {"),
     "no length is until EOF": ("length == 1 || !is_response", "!is_response"),
     "bodies for HEAD": ("if (bodiless)", "if (0)"),
-    "kept too long": ("if (left) {", "if (at < 500) {"),
+    "kept too long": ("if (left) {", "if (at < 1000) {"),
     "responses are kept": ("if (!s->is_response)", ""),
     "a head leaks into the next": ("__builtin_memset(s, 0, sizeof(*s));", ""),
     "status digits": ("s->status * 10", "s->status * 8"),

@@ -86,7 +86,7 @@ def test_a_root_has_no_parent_and_a_64_bit_trace_id_16_digits():
         (b"[fd00::1]:80", "[fd00::1]:80/*", "", "http://[fd00::1]:80/a"),
         (b"[fd00::1]", "[fd00::1]:80/*", "", "http://[fd00::1]/a"),
         (b"", "get", "", "http://10.1.0.3:9080/a"),
-        (b"x" * 64, "x" * 64 + "/*", "x" * 64, "http://" + "x" * 64 + "/a"),
+        (b"x" * 96, "x" * 96 + "/*", "x" * 96, "http://" + "x" * 96 + "/a"),
     ],
 )
 def test_the_host_gives_the_name(host, name, service, url):

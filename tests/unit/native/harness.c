@@ -29,6 +29,10 @@ struct event {
 	u8 body_state;		/* after scan_body() */
 	u16 length_of[HEADERS_MASK + 1];
 	u16 at_of[HEADERS_MASK + 1];
+	u16 name_at_of[HEADERS_MASK + 1];
+	u16 again_at[AGAIN_MAX];
+	u8 again;
+	u8 reserved[7];
 	struct scan_text text;
 };
 
@@ -75,6 +79,9 @@ static struct event *note(struct stream *t, enum event_kind kind)
 	e->minor = s->minor;
 	__builtin_memcpy(e->length_of, s->length_of, sizeof(e->length_of));
 	__builtin_memcpy(e->at_of, s->at_of, sizeof(e->at_of));
+	__builtin_memcpy(e->name_at_of, s->name_at_of, sizeof(e->name_at_of));
+	__builtin_memcpy(e->again_at, s->again_at, sizeof(e->again_at));
+	e->again = s->again;
 	e->text = t->text;
 	return e;
 }

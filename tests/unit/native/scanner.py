@@ -23,6 +23,7 @@ FLAGS = ["-std=gnu11", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 
 KINDS = {1: "head", 2: "message", 3: "opaque"}
 NAMES_MAX = 16
+AGAIN_MAX = 4
 NOBODYS_TEXT = b"\xa5"
 
 
@@ -40,7 +41,11 @@ class RawEvent(ctypes.Structure):
         ("body_state", ctypes.c_ubyte),
         ("length_of", ctypes.c_ushort * 16),
         ("at_of", ctypes.c_ushort * 16),
-        ("text", ctypes.c_ubyte * 512),
+        ("name_at_of", ctypes.c_ushort * 16),
+        ("again_at", ctypes.c_ushort * AGAIN_MAX),
+        ("again", ctypes.c_ubyte),
+        ("reserved", ctypes.c_ubyte * 7),
+        ("text", ctypes.c_ubyte * 1024),
     )
 
 
@@ -48,6 +53,7 @@ class RawEvent(ctypes.Structure):
 class Value:
     """A header's value: its place in the head, its size, and what is kept of it."""
 
+    name_at: int
     at: int
     length: int
     kept: bytes
@@ -65,6 +71,8 @@ class Event:
     method: bytes = b""
     target: bytes = b""
     headers: dict[str, Value] = field(default_factory=dict)
+    again: int = 0  # B3 lines that repeat one, and where the first of them are
+    again_at: tuple[int, ...] = ()
     body: str = ""
     length: int = 0  # of a body by Content-Length
 
@@ -183,7 +191,9 @@ class Native:
                 header = name.removeprefix("HEADER_").lower()
                 length = raw.length_of[number]
                 value = b"" if is_response else kept(header, length)
-                headers[header] = Value(raw.at_of[number], length, value)
+                headers[header] = Value(
+                    raw.name_at_of[number], raw.at_of[number], length, value
+                )
         body = self._states[raw.body_state]
         return Event(
             kind,
@@ -191,9 +201,11 @@ class Native:
             size=raw.head_bytes,
             minor=raw.minor,
             status=raw.status,
-            method=b"" if is_response else kept("method", 512).rstrip(b"\0"),
-            target=b"" if is_response else kept("target", 512).rstrip(b"\0"),
+            method=b"" if is_response else kept("method", 1024).rstrip(b"\0"),
+            target=b"" if is_response else kept("target", 1024).rstrip(b"\0"),
             headers=headers,
+            again=raw.again,
+            again_at=tuple(raw.again_at[: min(raw.again, AGAIN_MAX)]),
             body=body,
             length=raw.skip if body == "BODY" else 0,
         )

@@ -18,10 +18,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from podspan.agent import http_head
+from podspan.agent import b3, http_head
 from podspan.agent.http_head import Body, Headers, MalformedHead
 from podspan.agent.kernel.grammar import HEADERS, text_fields
-from unit.native.scanner import SOURCE, Event, Value, Verdict
+from unit.native.scanner import AGAIN_MAX, SOURCE, Event, Value, Verdict
 
 KEPT = text_fields(SOURCE)
 BODY_STATES = {
@@ -101,6 +101,7 @@ def _head(
         assert not is_response or status is None
     if body is Body.CHUNKED and not _chunked_alone(head.headers):
         state = "UNTIL_EOF" if is_response else "OPAQUE"  # accepted, see above
+    again = [] if is_response else _repeated_b3(data[skipped : head.size])
     event = Event(
         "head",
         start + head.size,
@@ -110,6 +111,8 @@ def _head(
         method=getattr(head, "method", b""),
         target=getattr(head, "target", b"")[: KEPT["target"][1]],
         headers=_first_values(data[skipped : head.size], is_response),
+        again=min(len(again), 255),
+        again_at=tuple(again[:AGAIN_MAX]),
         body=state,
         length=length,
     )
@@ -164,8 +167,21 @@ def _first_values(head: bytes, is_response: bool) -> dict[str, Value]:
         value = rest.strip(b" \t")
         place = at + len(name) + 1 + len(rest) - len(rest.lstrip(b" \t"))
         kept = b"" if is_response else value[: KEPT[str(text)][1]]
-        found[str(text)] = Value(place if value else 0, len(value), kept)
+        found[str(text)] = Value(at, place if value else 0, len(value), kept)
     return found
+
+
+def _repeated_b3(head: bytes) -> list[int]:
+    """The places of B3 header lines that repeat one."""
+    seen: set[bytes] = set()
+    places = []
+    for at, line, _ in _lines(head):
+        name = line.partition(b":")[0].lower()
+        if name in seen:
+            places.append(at)
+        elif name in b3.NAMES:
+            seen.add(name)
+    return places
 
 
 _LENGTH_SO_FAR = re.compile(rb"[ \t]*(?:[0-9]{1,18}[ \t]*|)")
