@@ -7,14 +7,23 @@ whatever is wrong in it is a UsageError before anything is loaded.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from podspan.agent.errors import UsageError
+from podspan.agent.tags import CONVENTIONS
+from podspan.agent.url import TARGET_CUT
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+SPAN_IDS = ("shared", "child")
+UNSAMPLED = ("0", "defer")
+PROPAGATED = ("b3multi", "b3", "tracecontext")
+
+MAX_CONNECTIONS = 2**20
+DAY_S = 24 * 60 * 60
 
 EXAMPLES = """\
 examples:
@@ -37,6 +46,15 @@ class Config:
     json: str | None
     tree: bool
     netns: tuple[str, ...]
+    span_ids: str  # one of SPAN_IDS
+    sampling: float  # percent, to the hundredth
+    unsampled: str  # one of UNSAMPLED
+    propagate: frozenset[str]  # of PROPAGATED, never empty
+    no_tcp: bool
+    tcp_interval: int  # seconds; 0: never
+    tags: str  # one of CONVENTIONS
+    max_path: int
+    no_query: bool
     max_connections: int
     log_level: str
     ready_file: str | None
@@ -44,7 +62,7 @@ class Config:
     def facts(self) -> str:
         """Return the settings as key=value, for the log."""
         names = self.__dataclass_fields__
-        return " ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return " ".join(f"{name}={_shown(getattr(self, name))!r}" for name in names)
 
 
 def _text(text: str) -> str:
@@ -66,17 +84,46 @@ def _patterns(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
-def _count(text: str) -> int:
-    # isdigit: int() also takes signs, spaces, underscores.
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 2**20:
-        raise ValueError("use a number from 1 to 1048576")
-    return int(text)
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        # isdigit: int() also takes signs, spaces, underscores.
+        plain = text.isascii() and text.isdigit() and len(text) <= len(str(most))
+        if not plain or not least <= int(text) <= most:
+            raise ValueError(f"use a number from {least} to {most}")
+        return int(text)
+
+    return read
 
 
-def _level(text: str) -> str:
-    if text.lower() not in LOG_LEVELS:
-        raise ValueError(f"use one of {', '.join(LOG_LEVELS)}")
-    return text.lower()
+def _percent(text: str) -> float:
+    # Istio counts in hundredths of a percent, as Envoy does.
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,2})?", text) or float(text) > 100:
+        raise ValueError("use 0 to 100, with two decimals at most")
+    return float(text)
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(f"use one of {', '.join(words)}")
+        return text.lower()
+
+    return read
+
+
+def _some_of(*words: str) -> Callable[[str], frozenset[str]]:
+    def read(text: str) -> frozenset[str]:
+        parts = frozenset(part.lower() for part in _patterns(text))
+        if not parts or not parts <= set(words):
+            raise ValueError(f"use one or more of {', '.join(words)}")
+        return parts
+
+    return read
+
+
+def _shown(value: Any) -> Any:
+    """Return a value as people write it."""
+    return ",".join(sorted(value)) if isinstance(value, frozenset) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +173,65 @@ OPTIONS = (
         repeats=True,
     ),
     Option(
+        "--span-ids",
+        "|".join(SPAN_IDS),
+        "shared",
+        _one_of(*SPAN_IDS),
+        "a server's span has its caller's id, as Zipkin's, or is its child, as "
+        "OpenTelemetry's",
+    ),
+    Option(
+        "--sampling",
+        "PERCENT",
+        100.0,
+        _percent,
+        "record so much of what begins here, or comes without a decision",
+    ),
+    Option(
+        "--unsampled",
+        "|".join(UNSAMPLED),
+        "0",
+        _one_of(*UNSAMPLED),
+        "tell the next hop that a request is not sampled, or let it decide",
+    ),
+    Option(
+        "--propagate",
+        "LIST",
+        frozenset({"b3multi"}),
+        _some_of(*PROPAGATED),
+        f"headers to write, with commas between: {', '.join(PROPAGATED)}",
+    ),
+    Option("--no-tcp", "", False, _switch, "no spans of what is not HTTP"),
+    Option(
+        "--tcp-interval",
+        "SECONDS",
+        0,
+        _number(0, DAY_S),
+        "a span per so many seconds of a TCP connection; 0, the default: one in all",
+    ),
+    Option(
+        "--tags",
+        "|".join(CONVENTIONS),
+        "istio",
+        _one_of(*CONVENTIONS),
+        "name and tag spans as Istio's sidecars do, or by OpenTelemetry's conventions",
+    ),
+    Option(
+        "--max-path",
+        "N",
+        TARGET_CUT,
+        _number(1, TARGET_CUT),
+        "longest path, its query included, in a tag",
+    ),
+    Option("--no-query", "", False, _switch, "leave query strings off"),
+    Option(
         "--max-connections",
         "N",
         16384,
-        _count,
+        _number(1, MAX_CONNECTIONS),
         "connections traced at the same time",
     ),
-    Option("--log-level", "L", "info", _level, ", ".join(LOG_LEVELS)),
+    Option("--log-level", "L", "info", _one_of(*LOG_LEVELS), ", ".join(LOG_LEVELS)),
     Option(
         "--ready-file",
         "PATH",
@@ -197,6 +296,10 @@ def _check(config: Config) -> None:
             "--json - and --tree both write to standard output",
             "write the spans to a file: --json spans.jsonl",
         )
+    if config.no_tcp and config.tcp_interval:
+        raise UsageError(
+            "--tcp-interval asks for TCP spans, --no-tcp for none", "leave one off"
+        )
     if config.zipkin is not None:
         # Here, not above: `podspan agent --help` needs no HTTP client.
         from podspan.agent.export.zipkin import zipkin_endpoint  # noqa: PLC0415
@@ -224,7 +327,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(
         prog="podspan agent",
-        description="Trace the HTTP calls of this node, without sidecars.",
+        description="Trace the calls of this node, HTTP and TCP, without sidecars.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -233,7 +336,7 @@ def _parser() -> _Parser:
     parser.add_argument("-h", "--help", action="store_true", help="show this")
     for option in OPTIONS:
         text = f"{option.help} [{option.variable}"
-        text += f", {option.default}]" if option.default else "]"
+        text += f", {_shown(option.default)}]" if option.default else "]"
         if not option.metavar:
             parser.add_argument(
                 option.flag, action="store_const", const=True, help=text

@@ -36,7 +36,7 @@ from podspan.agent.export.jsonl import JsonLinesExporter
 from podspan.agent.export.tree import TreeExporter
 from podspan.agent.export.zipkin import ZipkinExporter
 from podspan.agent.pods.names import ServiceNames
-from podspan.agent.span import Span, span_of
+from podspan.agent.span import Span, SpanOptions, span_of
 from podspan.agent.tree import WIDTH
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         exporters = _Exporters(stack, config)
         names = ServiceNames()
         clock = Clock()
-        sink = Sink(names, clock, exporters)
+        options = SpanOptions(config.tags, config.max_path, not config.no_query)
+        sink = Sink(names, clock, exporters, options)
         selection = Selection(names, config.netns)
         tracer = stack.enter_context(
             open_tracer(
@@ -158,13 +159,18 @@ class Sink:
     """Takes exchanges from the kernel, makes spans, hands them over in lots."""
 
     def __init__(
-        self, names: ServiceNames, clock: Clock, exporters: _Exporters
+        self,
+        names: ServiceNames,
+        clock: Clock,
+        exporters: _Exporters,
+        options: SpanOptions,
     ) -> None:
         self.exchanges = 0
         self.spans = 0
         self._names = names
         self._clock = clock
         self._exporters = exporters
+        self._options = options
         self._lot: list[Span] = []
         self._failure: Exception | None = None
 
@@ -173,7 +179,8 @@ class Sink:
         self.exchanges += 1
         try:
             service = self._names.name(exchange.netns, exchange.comm)
-            span = span_of(exchange, service, self._clock.offset_ns)
+            offset_ns = self._clock.offset_ns
+            span = span_of(exchange, service, offset_ns, self._options)
             if span is None:
                 return
             self._lot.append(span)

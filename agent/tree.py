@@ -15,6 +15,7 @@ does one that is its own ancestor (`cycle`), which only hostile headers can make
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -85,27 +86,46 @@ def _columns(line: _Line) -> tuple[str, ...]:
     """Return what stands left of the bar."""
     span, tags = line.span, line.span.tags
     indent = "  " * min(line.depth, MAX_INDENT)
-    target = tags.get("http.url", span.name)
-    if target.startswith("http://"):
-        slash = target.find("/", len("http://"))
-        target = target[slash:] if slash >= 0 else "*"
     return (
         f"{indent}{span.kind.lower()} {_printable(span.local.service) or '?'}",
-        _cut(_printable(f"{tags.get('http.method', '')} {target}".strip())),
+        _cut(_printable(_request(span))),
         _status(tags),
         f"{span.duration_us / 1000:.3f} ms",
         tags.get("podspan.link", "-"),
     )
 
 
+def _request(span: Span) -> str:
+    """Return method and path, in whichever convention's tags; else the span's name."""
+    tags = span.tags
+    method = tags.get("http.method") or tags.get("http.request.method", "")
+    method = tags.get("http.request.method_original", method)
+    url = tags.get("http.url") or tags.get("url.full", "")
+    if url:
+        target = url.partition("://")[2]
+        if method != "CONNECT":
+            path = re.search("[/?]", target)
+            target = target[path.start() :] if path else "*"
+    elif "url.path" in tags:
+        query = tags.get("url.query", "")
+        target = f"{tags['url.path']}{'?' if query else ''}{query}"
+    elif method == "CONNECT":
+        target = f"{tags['server.address']}:{tags['server.port']}"
+    else:
+        return span.name
+    return f"{method} {target}"
+
+
 def _status(tags: dict[str, str]) -> str:
     """Return the status, and how the exchange ended unless that was regular."""
-    status = tags.get("http.status_code", "-")
-    words = ["-" if status == "0" else status]
+    status = tags.get("http.status_code") or tags.get("http.response.status_code", "")
+    words = ["-" if status == "0" else status] if status else []
     end = tags.get("podspan.end", "eof")
     if end != "eof":
         words.append(end)
-    return " ".join(words)
+    if "podspan.error" in tags:
+        words.append(tags["podspan.error"])
+    return " ".join(words) or "-"
 
 
 def _bar(span: Span, start_us: int, end_us: int, width: int) -> str:

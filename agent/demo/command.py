@@ -248,6 +248,9 @@ def _span(fields: dict[str, Any]) -> Span:
         remote=_endpoint(fields["remoteEndpoint"]),
         shared=fields.get("shared", False),
         tags=fields["tags"],
+        annotations=tuple(
+            (each["timestamp"], each["value"]) for each in fields.get("annotations", ())
+        ),
     )
 
 

@@ -12,6 +12,15 @@ DEFAULTS = Config(
     json=None,
     tree=False,
     netns=(),
+    span_ids="shared",
+    sampling=100.0,
+    unsampled="0",
+    propagate=frozenset({"b3multi"}),
+    no_tcp=False,
+    tcp_interval=0,
+    tags="istio",
+    max_path=256,
+    no_query=False,
     max_connections=16384,
     log_level="info",
     ready_file=None,
@@ -30,16 +39,29 @@ def test_every_field_of_the_config_is_an_option():
 def test_flags():
     argv = ["--zipkin", "http://z:9411", "--json=-", "--netns", "a*", "--netns", "b"]
     argv += ["--max-connections", "10", "--log-level", "DEBUG", "--ready-file", "r"]
+    argv += ["--span-ids", "child", "--sampling", "0.29", "--unsampled", "defer"]
+    argv += ["--propagate", "b3, tracecontext,b3", "--tcp-interval", "60"]
+    argv += ["--tags", "OTEL", "--max-path", "64", "--no-query"]
     assert parse(argv, {}) == Config(
         zipkin="http://z:9411",
         json="-",
         tree=False,
         netns=("a*", "b"),
+        span_ids="child",
+        sampling=0.29,
+        unsampled="defer",
+        propagate=frozenset({"b3", "tracecontext"}),
+        no_tcp=False,
+        tcp_interval=60,
+        tags="otel",
+        max_path=64,
+        no_query=True,
         max_connections=10,
         log_level="debug",
         ready_file="r",
     )
     assert parse(["--tree"], {}).tree
+    assert parse(["--no-tcp"], {}).no_tcp
 
 
 def test_variables():
@@ -49,10 +71,12 @@ def test_variables():
         "PODSPAN_NETNS": "a*, b",
         "PODSPAN_MAX_CONNECTIONS": "10",
         "PODSPAN_JSON": "",
+        "PODSPAN_NO_QUERY": "true",
+        "PODSPAN_PROPAGATE": "tracecontext",
     }
     assert parse([], environment) == dataclasses.replace(
         DEFAULTS, zipkin="http://z:9411", tree=True, netns=("a*", "b"),
-        max_connections=10,
+        max_connections=10, no_query=True, propagate=frozenset({"tracecontext"}),
     )  # fmt: skip
 
 
@@ -61,6 +85,23 @@ def test_a_flag_beats_its_variable():
     made = parse(["--netns", "c", "--log-level", "error"], environment)
     assert made.netns == ("c",)
     assert made.log_level == "error"
+
+
+@pytest.mark.parametrize(
+    ("text", "percent"),
+    [("0", 0), ("0.01", 0.01), ("1.5", 1.5), ("33.33", 33.33), ("100.00", 100)],
+)
+def test_a_sampling_rate_is_a_percentage_to_the_hundredth(text, percent):
+    assert parse(["--sampling", text], {}).sampling == percent
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["-1", "100.01", "0.001", "1e1", "1.", ".5", "nan", "50%", "101", "1_0", "٣"],
+)
+def test_what_is_no_sampling_rate(text):
+    with pytest.raises(UsageError, match="use 0 to 100"):
+        parse([f"--sampling={text}"], {})
 
 
 @pytest.mark.parametrize(
@@ -75,6 +116,15 @@ def test_a_flag_beats_its_variable():
         (["--max-connections", "0"], "'0' for --max-connections", "--help"),
         (["--max-connections", "1_0"], "'1_0' for --max-connections", "--help"),
         (["--max-connections", "9999999"], "from 1 to 1048576", "--help"),
+        (["--span-ids", "own"], "use one of shared, child", "--help"),
+        (["--unsampled", "1"], "use one of 0, defer", "--help"),
+        (["--propagate", "b3,jaeger"], "b3multi, b3, tracecontext", "--help"),
+        (["--propagate", ","], "use one or more of b3multi", "--help"),
+        (["--tags", "envoy"], "use one of istio, otel", "--help"),
+        (["--max-path", "0"], "use a number from 1 to 256", "--help"),
+        (["--max-path", "257"], "use a number from 1 to 256", "--help"),
+        (["--tcp-interval", "-1"], "use a number from 0 to 86400", "--help"),
+        (["--tcp-interval", "1", "--no-tcp"], "--no-tcp for none", "leave one off"),
         (["--log-level", "loud"], "debug, info, warning, error", "--help"),
         (["--zipkin", "z:9411"], "not an http or https URL: 'z:9411'", "http://"),
         (["--zipkin", "http://"], "not a URL", "http://"),
@@ -112,3 +162,9 @@ def test_help_names_every_flag_and_variable_and_ends_with_examples():
 def test_facts_name_every_setting():
     assert "max_connections=16384" in DEFAULTS.facts()
     assert DEFAULTS.facts().count("=") == len(OPTIONS)
+
+
+def test_a_list_is_shown_as_it_is_written():
+    config_ = parse(["--propagate", "tracecontext,b3"], {})
+    assert "propagate='b3,tracecontext'" in config_.facts()
+    assert "PODSPAN_PROPAGATE, b3multi]" in " ".join(config.help_text().split())

@@ -1,10 +1,15 @@
 """Trees as people see them."""
 
+import errno
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from podspan.agent.span import Endpoint, Span
+from podspan.agent.exchange import End, Exchange
+from podspan.agent.span import Endpoint, Span, SpanOptions, span_of
+from podspan.agent.tags import CONVENTIONS
 from podspan.agent.tree import render
+from unit.kernel_struct import exchange_record
 
 TRACE = "57cb7d45ff07b57a7f4a3f4c45f5b7d3"
 NOWHERE = Endpoint("", "10.0.0.1", 80)
@@ -102,6 +107,59 @@ def test_how_a_span_ended_stands_beside_its_status():
     statuses = [line[line.index("GET / ") :].split("  ")[1:2] for line in
                 render(spans).splitlines()[1:]]  # fmt: skip
     assert statuses == [["- closed-there"], ["200 reset"], ["200"]]
+
+
+def of(convention, at_us=0, **fields):
+    """Return the span of a record as the kernel makes it."""
+    exchange = Exchange.from_kernel(exchange_record(trace_id_low=1, **fields))
+    made = span_of(exchange, "app", at_us * 1000, SpanOptions(convention))
+    assert made is not None
+    return made
+
+
+TCP = {"protocol": 2, "status": 0, "method": b"", "target": b"", "host": b""}
+TCP |= {"user_agent": b"", "request_id": b"", "peer_port": 3306}
+TCP_RECORDS = (
+    {"span_id": 1, "host": b"ratings:9080", "target": b"/ratings/0"},
+    TCP | {"span_id": 2, "parent_id": 1, "link": 2, "end": End.CLOSED_HERE},
+    TCP | {"span_id": 3, "parent_id": 1, "link": 2, "end": End.INTERVAL},
+    TCP | {"span_id": 4, "parent_id": 1, "link": 2, "end": End.CONNECT_FAILED,
+           "error": errno.ECONNREFUSED},
+)  # fmt: skip
+
+TCP_TREE = """\
+trace 463ac35c9f6413ad0000000000000001: 4 spans, 1 service, 4.2 ms
+client app    GET /ratings/0  200                          4.200 ms  none    ████████
+  client app  tcp:3306        closed-here                  4.200 ms  thread  ████████
+  client app  tcp:3306        interval                     4.200 ms  thread  ████████
+  client app  tcp:3306        connect-failed ECONNREFUSED  4.200 ms  thread  ████████
+"""
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_connections_and_those_that_failed(convention):
+    spans = [of(convention, **fields) for fields in TCP_RECORDS]
+    assert render(spans, 80) == TCP_TREE
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("role", [1, 2])
+@pytest.mark.parametrize(
+    ("fields", "request_"),
+    [
+        ({}, "GET /details/0?u=1"),
+        ({"target": b"/a"}, "GET /a"),
+        ({"target": b"http://b/a"}, "GET /a"),
+        ({"method": b"PURGE"}, "PURGE /details/0?u=1"),
+        ({"method": b"OPTIONS", "target": b"*"}, "OPTIONS *"),
+        ({"method": b"CONNECT", "target": b"db:443"}, "CONNECT db:443"),
+    ],
+)
+def test_a_request_reads_the_same_in_every_convention(
+    convention, role, fields, request_
+):
+    line = render([of(convention, role=role, **fields)]).splitlines()[1]
+    assert line.split("  ")[1:3] == [request_, "200"]
 
 
 def test_traces_are_printed_apart_the_earliest_first():

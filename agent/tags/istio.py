@@ -1,0 +1,110 @@
+"""Names and tags as Istio's sidecars give them.
+
+Searches and dashboards made for Istio keep working. The rules are those of Envoy's
+tracer_impl.cc and http_tracer_impl.cc. Envoy makes no spans of TCP connections: those
+have the tags that mean something there.
+"""
+
+from __future__ import annotations
+
+from podspan.agent.exchange import End, Exchange, Role
+from podspan.agent.tags.own import (
+    add_own_tags,
+    called_address,
+    http_failed,
+    tcp_failed,
+    tcp_name,
+)
+from podspan.agent.url import Url
+
+# Envoy keeps these as annotations in Zipkin's v2 format; `cs` and `sr` become the kind.
+LAST_BYTE = {Role.CLIENT: "cr", Role.SERVER: "ss"}
+
+# Envoy speaks of downstream (D: who called) and upstream (U: who was called): the
+# peer, or this end, by role.
+RESPONSE_FLAGS = {
+    (Role.CLIENT, End.CLOSED_HERE): "DC",
+    (Role.CLIENT, End.CLOSED_THERE): "UC",
+    (Role.CLIENT, End.RESET): "UC",
+    (Role.CLIENT, End.CONNECT_FAILED): "UF",
+    (Role.SERVER, End.CLOSED_HERE): "UC",
+    (Role.SERVER, End.CLOSED_THERE): "DC",
+    (Role.SERVER, End.RESET): "DC",
+}
+
+
+def http(exchange: Exchange, url: Url) -> tuple[str, dict[str, str]]:
+    """Return name and tags of a request with its response."""
+    role = exchange.role
+    status = exchange.status
+    authority = url.authority
+    called = called_address(exchange)
+    tags = {
+        "component": "proxy",
+        "downstream_cluster": "-",
+        "http.status_code": str(status),
+        "user_agent": exchange.user_agent or "-",
+        "request_size": str(exchange.request_bytes),
+        "response_size": str(exchange.response_bytes),
+        "response_flags": RESPONSE_FLAGS.get((role, exchange.end), "-"),
+        "upstream_address": called,
+    }
+    # Without a method, the request was not seen.
+    if exchange.method:
+        tags["http.method"] = exchange.method
+        tags["http.protocol"] = f"HTTP/1.{exchange.request_minor}"
+        tags["http.url"] = f"{url.scheme}://{authority.text or called}{url.path}"
+    if role is Role.CLIENT:
+        tags["peer.address"] = exchange.local_addr
+        if authority.port:
+            _add_cluster(tags, f"outbound|{authority.port}||{authority.host}")
+    else:
+        tags["peer.address"] = exchange.peer_addr
+        _add_cluster(tags, f"inbound|{exchange.local_port}||")
+    if exchange.request_id:
+        tags["guid:x-request-id"] = exchange.request_id
+    if exchange.client_trace_id:
+        tags["guid:x-client-trace-id"] = exchange.client_trace_id
+    # Unlike OpenTelemetry: 4xx is an answer, not an error.
+    if status >= 500 or http_failed(exchange):
+        tags["error"] = "true"
+    add_own_tags(tags, exchange)
+    return _name(exchange, url), tags
+
+
+def tcp(exchange: Exchange) -> tuple[str, dict[str, str]]:
+    """Return name and tags of a connection, a part of one, or a failed one."""
+    # Of the flags above, Envoy's TCP proxy knows only this one.
+    refused = exchange.end is End.CONNECT_FAILED
+    client = exchange.role is Role.CLIENT
+    tags = {
+        "component": "proxy",
+        "peer.address": exchange.local_addr if client else exchange.peer_addr,
+        "request_size": str(exchange.request_bytes),
+        "response_size": str(exchange.response_bytes),
+        "response_flags": "UF" if refused else "-",
+        "upstream_address": called_address(exchange),
+    }
+    if not client:
+        _add_cluster(tags, f"inbound|{exchange.local_port}||")
+    if tcp_failed(exchange):
+        tags["error"] = "true"
+    add_own_tags(tags, exchange)
+    return tcp_name(exchange), tags
+
+
+def _add_cluster(tags: dict[str, str], cluster: str) -> None:
+    tags["upstream_cluster"] = cluster
+    tags["upstream_cluster.name"] = cluster
+
+
+def _name(exchange: Exchange, url: Url) -> str:
+    """Return Istio's name for the operation: HOST:PORT/*, else the method.
+
+    The port is the one that the caller named, whatever port the connection has after
+    address translation: both halves then have the same name.
+    """
+    _, host, port, _ = url.authority
+    if not host:
+        return exchange.method.lower() or "http"
+    return f"{host}:{port}/*" if port else f"{host}/*"
