@@ -6,9 +6,10 @@ sends it away.
     exchange.py   what the kernel told us            kernel/  the only import of bcc
     span.py       exchange -> span                   pods/    namespaces, names
     tree.py       spans -> text                      export/  Zipkin, files, terminal
-    b3.py         trace context in headers           service.py   the loop
-    http_head.py  the head of a message              config.py    flags, variables
-    clock.py      the kernel's clock -> the world's  errors.py    what can go wrong
+    context.py    a head's trace context: b3.py,     service.py   the loop
+                  traceparent.py, ids.py             config.py    flags, variables
+    http_head.py  the head of a message              errors.py    what can go wrong
+    clock.py      the kernel's clock -> the world's
 """
 
 

@@ -58,12 +58,20 @@ class Context:
         return self.span_id != 0
 
 
-class _Malformed(ValueError):
-    """Never leaves this module."""
+class MalformedContext(ValueError):
+    """A B3 header that counts has a value that is none of those listed above."""
 
 
 def extract(headers: Iterable[Header]) -> Context | None:
     """Return the context that the headers carry; None if none, or malformed."""
+    try:
+        return parse(headers)
+    except MalformedContext:
+        return None
+
+
+def parse(headers: Iterable[Header]) -> Context | None:
+    """Return the context that the headers carry, if any; or raise MalformedContext."""
     found: dict[bytes, bytes] = {}
     for name, value in headers:
         lower = name.lower()
@@ -71,12 +79,9 @@ def extract(headers: Iterable[Header]) -> Context | None:
             found.setdefault(lower, value)
     if not found:
         return None
-    try:
-        if SINGLE in found:
-            return _from_single(found[SINGLE])
-        return _from_multi(found)
-    except _Malformed:
-        return None
+    if SINGLE in found:
+        return _from_single(found[SINGLE])
+    return _from_multi(found)
 
 
 def multi_headers(context: Context) -> list[Header]:
@@ -121,7 +126,7 @@ def _from_multi(found: dict[bytes, bytes]) -> Context | None:
     if SAMPLED in found:
         sampled = _SAMPLED.get(found[SAMPLED])
         if sampled is None:
-            raise _Malformed
+            raise MalformedContext("x-b3-sampled is no decision")
     debug = found.get(FLAGS) == b"1"
     if debug:
         sampled = True
@@ -134,7 +139,7 @@ def _from_multi(found: dict[bytes, bytes]) -> Context | None:
         parent_id = _parent_id(parent, span_id) if parent else None
         return Context(trace_id, span_id, parent_id, sampled, debug)
     if found.get(PARENT_ID):
-        raise _Malformed
+        raise MalformedContext("x-b3-parentspanid without a span")
     return None if sampled is None else Context(sampled=sampled, debug=debug)
 
 
@@ -144,13 +149,13 @@ def _from_single(value: bytes) -> Context:
         return Context(sampled=sampled, debug=debug)
     parts = value.split(b"-")
     if not 2 <= len(parts) <= 4:
-        raise _Malformed
+        raise MalformedContext("b3 has too few or too many parts")
     trace_id = _trace_id(parts[0])
     span_id = _span_id(parts[1])
     if len(parts) == 2:
         return Context(trace_id, span_id)
     if parts[2] not in _DECISIONS:
-        raise _Malformed
+        raise MalformedContext("b3 has a wrong decision")
     sampled, debug = _DECISIONS[parts[2]]
     parent_id = _parent_id(parts[3], span_id) if len(parts) == 4 else None
     return Context(trace_id, span_id, parent_id, sampled, debug)
@@ -159,30 +164,30 @@ def _from_single(value: bytes) -> Context:
 def _hex(digits: bytes) -> int:
     # int() alone is too kind: it takes signs, spaces and underscores.
     if not _HEX.issuperset(digits):
-        raise _Malformed
+        raise MalformedContext("an id has other than lower-case hex digits")
     return int(digits, 16)
 
 
 def _trace_id(digits: bytes) -> int:
     if len(digits) not in (16, 32):
-        raise _Malformed
+        raise MalformedContext("a trace id has neither 16 nor 32 digits")
     trace_id = _hex(digits)
     if trace_id == 0:
-        raise _Malformed
+        raise MalformedContext("a trace id of zeros")
     return trace_id
 
 
 def _span_id(digits: bytes) -> int:
     if len(digits) != 16:
-        raise _Malformed
+        raise MalformedContext("a span id has not 16 digits")
     span_id = _hex(digits)
     if span_id == 0:
-        raise _Malformed
+        raise MalformedContext("a span id of zeros")
     return span_id
 
 
 def _parent_id(digits: bytes, span_id: int) -> int | None:
     if len(digits) != 16:
-        raise _Malformed
+        raise MalformedContext("a parent id has not 16 digits")
     parent_id = _hex(digits)
     return None if parent_id in (0, span_id) else parent_id

@@ -256,7 +256,7 @@ int request_inject(struct sk_msg_md *msg)
 		if (p + LINE_REQUEST_ID > end)
 			goto undo;
 		if (!c->request_id_length) {
-			uuid_write(c->text.request_id, random64(), random64());
+			uuid_write(c->text.request_id, random64(), random64(), '4');
 			c->request_id_length = 36;
 		}
 		__builtin_memcpy(p, t->request_id, LINE_REQUEST_ID);

@@ -32,9 +32,9 @@ def hex_read(lib, digits: bytes, bad: int = 0) -> tuple[int, int]:
     return value, flag.value
 
 
-def uuid_write(lib, high: int, low: int) -> str:
+def uuid_write(lib, high: int, low: int, reason: bytes) -> str:
     buffer = ctypes.create_string_buffer(b"#" * 37, 37)
-    lib.b3_uuid_write(buffer, high, low)
+    lib.b3_uuid_write(buffer, high, low, reason[0])
     assert buffer.raw[36:] == b"#"
     return buffer.raw[:36].decode()
 
@@ -73,8 +73,16 @@ def test_bad_is_never_taken_back(lib):
 @FUZZ
 @given(u64, u64)
 def test_a_uuid_is_random_but_for_its_version_and_variant(lib, high, low):
-    text = uuid_write(lib, high, low)
+    text = uuid_write(lib, high, low, b"4")
     written = uuid.UUID(text)
     assert str(written) == text
     assert (written.version, written.variant) == (4, uuid.RFC_4122)
     assert written == uuid.UUID(int=high << 64 | low, version=4)
+
+
+@FUZZ
+@given(u64, u64, st.sampled_from([b"9", b"a", b"b"]))
+def test_a_trace_reason_stands_in_place_of_the_version(lib, high, low, reason):
+    text = uuid_write(lib, high, low, reason)
+    plain = uuid_write(lib, high, low, b"4")
+    assert text == plain[:14] + reason.decode() + plain[15:]

@@ -216,7 +216,33 @@ u64 b3_hex_read(const u8 *from, u32 *bad)
 	return hex_read(from, bad);
 }
 
-void b3_uuid_write(u8 *to, u64 high, u64 low)
+void b3_uuid_write(u8 *to, u64 high, u64 low, u8 reason)
 {
-	uuid_write(to, high, low);
+	uuid_write(to, high, low, reason);
+}
+
+u64 b3_derive_id(u64 id)
+{
+	return derive_id(id);
+}
+
+u32 b3_sample_hash(u64 trace_id_low)
+{
+	return sample_hash(trace_id_low);
+}
+
+/* What the request head at the start of `data` carries; 0 where there is no head. */
+int b3_read_context(struct head_context *x, const struct grammar *of, const u8 *data,
+		    u64 size)
+{
+	static struct stream t;
+	u64 i;
+
+	open_stream(&t, of, 0, 0);
+	for (i = 0; i < size && t.scanner.state < SCAN_HEAD_DONE; i++)
+		scan_byte(&grammar->table, &t.scanner, (u8 *)&t.text, data[i]);
+	if (t.scanner.state != SCAN_HEAD_DONE)
+		return 0;
+	read_context(x, &t.text, &t.scanner);
+	return 1;
 }

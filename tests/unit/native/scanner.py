@@ -17,6 +17,7 @@ from podspan.agent.kernel import grammar
 HERE = Path(__file__).parent
 BPF = HERE.parents[2] / "bpf"
 SOURCE = (BPF / "scanner.h").read_text()
+B3_SOURCE = (BPF / "b3.h").read_text()
 
 # What clang allows and gcc does not know is all that is let pass.
 FLAGS = ["-std=gnu11", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
@@ -25,6 +26,7 @@ KINDS = {1: "head", 2: "message", 3: "opaque"}
 NAMES_MAX = 16
 AGAIN_MAX = 4
 NOBODYS_TEXT = b"\xa5"
+CONTEXT_SIZE = 48  # asserted in b3.h
 
 
 class RawEvent(ctypes.Structure):
@@ -96,11 +98,14 @@ def lookup_tables(source: str) -> bytes:
 
 
 class Native:
-    """One build of scanner.h with its tables."""
+    """One build of scanner.h and b3.h with their tables."""
 
-    def __init__(self, folder: Path, source: str = SOURCE) -> None:
+    def __init__(
+        self, folder: Path, source: str = SOURCE, b3_source: str = B3_SOURCE
+    ) -> None:
         """Build into `folder`."""
         (folder / "scanner.h").write_text(source)
+        (folder / "b3.h").write_text(b3_source)
         built = folder / "harness.so"
         includes = [f"-I{folder}", f"-I{BPF}", f"-I{BPF / 'headers' / 'include'}"]
         harness = str(HERE / "harness.c")
@@ -161,6 +166,13 @@ class Native:
         cut = self.lib.differing_cut(self._stream, data, len(data), step)
         assert isinstance(cut, int)
         return cut
+
+    def read_context(self, head: bytes) -> bytes | None:
+        """`struct head_context` of the request head; None where it is none."""
+        context = ctypes.create_string_buffer(b"\xff" * CONTEXT_SIZE, CONTEXT_SIZE)
+        if not self.lib.b3_read_context(context, self._grammar, head, len(head)):
+            return None
+        return context.raw
 
     def _open(self, is_response: bool, after_head: bool) -> None:
         self.lib.open_stream(self._stream, self._grammar, is_response, after_head)
@@ -226,7 +238,10 @@ def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:
         "events_of": (ctypes.POINTER(RawEvent), [pointer]),
         "b3_hex_write": (None, [pointer, u64]),
         "b3_hex_read": (u64, [data, ctypes.POINTER(ctypes.c_uint)]),
-        "b3_uuid_write": (None, [pointer, u64, u64]),
+        "b3_uuid_write": (None, [pointer, u64, u64, ctypes.c_ubyte]),
+        "b3_derive_id": (u64, [u64]),
+        "b3_sample_hash": (ctypes.c_uint, [u64]),
+        "b3_read_context": (number, [pointer, data, data, size]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
