@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from io import TextIOWrapper
@@ -35,7 +35,11 @@ from podspan.agent.export import Exporter
 from podspan.agent.export.jsonl import JsonLinesExporter
 from podspan.agent.export.tree import TreeExporter
 from podspan.agent.export.zipkin import ZipkinExporter
+from podspan.agent.kernel.enrol import Enrolment
+from podspan.agent.kernel.options import Options
+from podspan.agent.kernel.state import Inherited
 from podspan.agent.pods.names import ServiceNames
+from podspan.agent.pods.runtimes import GoProcesses
 from podspan.agent.span import Span, SpanOptions, span_of
 from podspan.agent.tree import WIDTH
 
@@ -47,6 +51,7 @@ POLL_MS = 100
 HEARTBEAT_S = 0.25
 EXPORT_TICK_S = 0.5
 SELECT_S = 1.0
+ROAMING_S = 1.0
 CLOCK_S = 1.0
 LOSSES_S = 10.0
 
@@ -65,6 +70,8 @@ class Tracer(Protocol):
 
     engine: str
     engine_reason: str
+    inherited: Inherited
+    enrolment: Enrolment
 
     def poll(self, timeout_ms: int) -> None:
         """Hand over the exchanges that the kernel has finished."""
@@ -74,6 +81,12 @@ class Tracer(Protocol):
 
     def select(self, netns: frozenset[int]) -> None:
         """Trace these network namespaces, and no others."""
+
+    def set_sampling(self, by_netns: Mapping[int, float]) -> None:
+        """Sample these namespaces' traces at rates of their own, in per cent."""
+
+    def set_roaming(self, come: Iterable[int], gone: Iterable[int]) -> None:
+        """Claim no parent by thread in these processes: their work roams."""
 
     def losses(self) -> dict[str, int]:
         """Return what was lost since the start, by reason."""
@@ -86,6 +99,7 @@ class OpenTracer(Protocol):
         self,
         *,
         max_connections: int,
+        options: Options,
         netns: frozenset[int] | None,
         on_exchange: Callable[[Exchange], None],
         on_warning: Callable[[str], None],
@@ -116,18 +130,25 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         tracer = stack.enter_context(
             open_tracer(
                 max_connections=config.max_connections,
+                options=Options.of(config),
                 netns=selection.netns,
                 on_exchange=sink.take,
                 on_warning=log.warning,
             )
         )
         log.info("attached: engine=%s reason=%r", tracer.engine, tracer.engine_reason)
+        if tracer.inherited:
+            log.info("taken over from an earlier agent: %s", tracer.inherited)
+        log.info("connections older than the agent: %s", tracer.enrolment)
+        roaming = Roaming(tracer)
+        roaming.look(selection.netns)
         losses = Losses(lambda: {**tracer.losses(), **exporters.losses()})
         stack.callback(losses.sum_up)
         tasks = [
             Periodic(HEARTBEAT_S, tracer.heartbeat),
             Periodic(EXPORT_TICK_S, exporters.tick),
             Periodic(SELECT_S, lambda: selection.follow(tracer.select)),
+            Periodic(ROAMING_S, lambda: roaming.look(selection.netns)),
             Periodic(CLOCK_S, clock.refresh),
             Periodic(LOSSES_S, losses.report),
         ]
@@ -273,6 +294,19 @@ class Selection:
             self.netns = netns
             select(netns)
             log.info("selected: namespaces=%d", len(netns))
+
+
+class Roaming:
+    """Tells the tracer of Go programs: their goroutines roam between threads."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._processes = GoProcesses()
+
+    def look(self, netns: frozenset[int] | None) -> None:
+        """Look which have come and gone in these namespaces; None: in all."""
+        change = self._processes.look(netns)
+        self._tracer.set_roaming(change.started, change.ended)
 
 
 class Periodic:

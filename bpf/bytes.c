@@ -95,30 +95,37 @@ static inline void find_buffers(struct buffers *b, void *msg)
 static inline void take(struct pt_regs *ctx, struct connection *c, struct walk *w,
 			int is_response)
 {
-	if (!message_begins(c, is_response, w->now_ns))
-		return;
 	w->is_response = is_response;
 	w->key = c->sock;
-	bytes_steps.call(ctx, STEP_WALK);
+	if (message_begins(c, is_response, w->now_ns))
+		bytes_steps.call(ctx, STEP_WALK);
+	else if (c->tcp == TCP_WANTED)
+		tcp_begins(c, w->thread, w->now_ns);
 }
 
 static inline void sends(struct pt_regs *ctx, void *sk, void *msg, u64 size)
 {
-	u64 key = (u64)sk;
-	u32 zero = 0;
-	struct connection *c = connections.lookup(&key);
+	u32 zero = 0, again = 0, write_seq = 0;
+	struct connection *c = connection_of(sk);
 	struct walk *w = walks.lookup(&zero);
 	int is_response;
-	u32 again = 0;
 
 	if (!c || !w || c->enrolled || !size)
 		return;
 	is_response = c->role == ROLE_SERVER;
+	w->now_ns = bpf_ktime_get_ns();
+	if (c->tcp) {
+		KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
+		sent_up_to(c, write_seq);
+		tcp_bytes(c, is_response, w->now_ns);
+		return;
+	}
+	if (!is_response && c->open && !sync_received(c, 1))
+		return;
 	if (!sync_sent(c, is_response, &again) || again >= size)
 		return;
 	w->ignore = again;	/* sent again after a partial send */
-	c->send_seq += size - again;
-	w->now_ns = bpf_ktime_get_ns();
+	sent_up_to(c, c->send_seq + size - again);
 	w->thread = bpf_get_current_pid_tgid();
 	w->left = size;
 	if (msg)
@@ -144,7 +151,7 @@ int sendpage_entry(struct pt_regs *ctx, void *sk, void *page, int offset, u64 si
 int receive_entry(struct pt_regs *ctx, void *sk, void *msg, u64 size, u64 fourth, u64 fifth)
 {
 	u64 key = (u64)sk, thread;
-	struct connection *c = connections.lookup(&key);
+	struct connection *c = connection_of(sk);
 	struct receive r = {};
 #if PODSPAN_KERNEL_VERSION < KERNEL_VERSION(5, 19, 0)
 	u64 flags = fifth;	/* ec095263a965, 5.19, removed `nonblock` before it */
@@ -162,6 +169,8 @@ int receive_entry(struct pt_regs *ctx, void *sk, void *msg, u64 size, u64 fourth
 	r.sock = key;
 	KERNEL_READ(r.from_seq, sk, tcp_sock, copied_seq);
 	find_buffers(&r.buffers, msg);
+	if (flags & MSG_TRUNC)
+		r.buffers.readable = 0;	/* thrown away, not copied: tcp(7) */
 	if (receives.update(&thread, &r))
 		lose(LOSS_THREADS_FULL);
 	return 0;
@@ -175,7 +184,8 @@ static inline void at_end_of_file(struct connection *c, void *sk)
 	bpf_probe_read_kernel(&shutdown, 1, sk + OFFSET(sock, sk_shutdown));
 	bpf_probe_read_kernel(&queued, sizeof(queued), sk + OFFSET(sock, sk_receive_queue) +
 						       OFFSET(sk_buff_head, qlen));
-	if (!(shutdown & RCV_SHUTDOWN) || queued || !c->open || c->role != ROLE_CLIENT)
+	if (!(shutdown & RCV_SHUTDOWN) || queued || !c->open || c->tcp ||
+	    has_parked(c) || c->role != ROLE_CLIENT)
 		return;
 	if (c->scan[RESPONSE].state != SCAN_UNTIL_EOF)
 		c->response_last_ns = bpf_ktime_get_ns();
@@ -211,17 +221,22 @@ int receive_copied(struct pt_regs *ctx, void *sk, int copied)
 		return 0;
 	r->seen = copied;
 	is_response = c->role == ROLE_CLIENT;
+	w->now_ns = bpf_ktime_get_ns();
+	if (c->tcp) {
+		received_up_to(c, r->from_seq + copied);
+		tcp_bytes(c, is_response, w->now_ns);
+		return 0;
+	}
 	missed = r->from_seq + seen - c->recv_seq;
+	received_up_to(c, r->from_seq + copied);
 	if (missed > 0 && !catch_up(c, is_response, missed))
 		return 0;
-	c->recv_seq = r->from_seq + copied;
 	/* A response that no hook saw to its end has ended all the same. */
 	if (c->role == ROLE_SERVER && c->open && !sync_sent(c, 1, &again))
 		return 0;
 	w->buffers = r->buffers;
 	w->ignore = seen;
 	w->left = copied;
-	w->now_ns = bpf_ktime_get_ns();
 	w->thread = thread;
 	take(ctx, c, w, is_response);
 	return 0;
@@ -240,7 +255,7 @@ static inline void message_done(struct pt_regs *ctx, struct connection *c,
 {
 	if (s->state == SCAN_DONE) {
 		if (w->is_response)
-			finish(c, END_COMPLETE);
+			exchange_complete(c, !w->left);
 		scan_next(s);
 		if (w->left && !message_begins(c, w->is_response, w->now_ns))
 			return;
@@ -270,7 +285,7 @@ int bytes_walk(struct pt_regs *ctx)
 	if (!c)
 		return 0;
 	s = &c->scan[w->is_response & 1];
-	text = (u8 *)&c->text;
+	text = (u8 *)&c->request.text;
 	w->cursor = 0;
 	w->limit = 0;
 
@@ -304,7 +319,7 @@ int bytes_walk(struct pt_regs *ctx)
 			if (w->is_response)
 				c->response_bytes += n;
 			else
-				c->request_bytes += n;
+				c->request.bytes += n;
 		}
 		advance(w, n);
 	}
@@ -339,13 +354,16 @@ int bytes_walk(struct pt_regs *ctx)
 		barrier();
 		advance(w, w->cursor);
 	}
-	if (s->state == SCAN_HEAD_DONE)
+	if (s->state == SCAN_HEAD_DONE) {
 		bytes_steps.call(ctx, STEP_HEAD);
-	else if (s->state == SCAN_OPAQUE)
+	} else if (s->state == SCAN_OPAQUE) {
 		forsake(c, w->is_response ? LOSS_RESPONSE_UNPARSED :
 					    LOSS_REQUEST_UNPARSED);
-	else
+		if (c->tcp == TCP_WANTED)
+			tcp_begins(c, w->thread, w->now_ns);
+	} else {
 		message_done(ctx, c, w, s);
+	}
 	return 0;
 again:
 	bytes_steps.call(ctx, STEP_WALK);
@@ -358,6 +376,7 @@ int bytes_head(struct pt_regs *ctx)
 {
 	u32 zero = 0;
 	struct walk *w = walks.lookup(&zero);
+	struct head_context h = {};
 	struct connection *c;
 	struct scanner *s;
 	u64 key;
@@ -370,14 +389,13 @@ int bytes_head(struct pt_regs *ctx)
 		return 0;
 	s = &c->scan[w->is_response & 1];
 	if (w->is_response) {
-		note_roaming(c, w->thread);
-		response_head(c);
+		response_head(c, w->left, w->thread, w->now_ns);
 	} else {
-		remember_thread(c, w->thread);
+		remember_thread(&c->request, w->thread);
 		if (c->role == ROLE_SERVER)
 			server_context(c);
 		else
-			client_context(c);
+			client_context(c, &h);
 		scan_body(s, 0);
 	}
 	if (s->state == SCAN_OPAQUE) {
@@ -396,6 +414,7 @@ RAW_TRACEPOINT_PROBE(sched_process_exit)
 
 	servings.delete(&thread);
 	receives.delete(&thread);
+	attempts.delete(&thread);
 	if ((u32)thread == process)
 		roaming.delete(&process);
 	return 0;

@@ -23,6 +23,7 @@
 #define RCV_SHUTDOWN 1
 #define SHUTDOWN_MASK 3
 #define MSG_PEEK 2
+#define MSG_TRUNC 0x20
 
 struct iov {
 	u64 base;

@@ -1,12 +1,15 @@
 /* lifecycle: which TCP connections the traced pods have, from established to closed.
  *
- * Hook:  cgroup sockops at the root of the cgroup tree.
- * Cost:  a branch per connection of the node, an entry per one of a traced pod.
- * Blind: connections that were established before the agent.
+ * Hook:  cgroup sockops at the root of the cgroup tree; for connections that are older
+ *        than the agent the tracepoint inet_sock_set_state, because sockops tells of the
+ *        states of those only that it was asked for from within sockops.
+ * Cost:  a branch per connection of the node, an entry per one of a traced pod; a
+ *        look-up per state change.
+ * Blind: connect(2) that finds no way, for which no connection is begun: failure.c.
  */
 BPF_SOCKHASH(enrolled, u64, MAX_CONNECTIONS);
 
-static inline struct connection *establish(void *sk, u32 netns)
+static inline struct connection *establish(void *sk, u32 netns, u64 cookie)
 {
 	u32 zero = 0;
 	u64 key = (u64)sk;
@@ -14,17 +17,16 @@ static inline struct connection *establish(void *sk, u32 netns)
 
 	if (!empty)
 		return 0;
-	c = connections.lookup(&key);
-	if (!c) {
-		if (connections.update(&key, empty)) {
-			lose(LOSS_CONNECTIONS_FULL);
-			return 0;
-		}
-		c = connections.lookup(&key);
-		if (!c)
-			return 0;
+	/* Also over what an earlier socket at this address may have left. */
+	if (connections.update(&key, empty)) {
+		lose(LOSS_CONNECTIONS_FULL);
+		return 0;
 	}
+	c = connections.lookup(&key);
+	if (!c)
+		return 0;
 	c->sock = key;
+	c->cookie = cookie;
 	c->netns = netns;
 	c->scan[RESPONSE].is_response = 1;
 	scan_next(&c->scan[RESPONSE]);
@@ -56,24 +58,87 @@ static inline void describe(struct connection *c, void *sk)
 	KERNEL_READ(c->recv_seq, sk, tcp_sock, copied_seq);
 }
 
-/* The connection is gone, or this end wants no more of it. */
-static inline void close_exchange(struct connection *c, void *sk)
+/* The entry of a socket that the agent found at its start, made at the first hook that it
+ * passes. NULL for all others that have none. */
+static inline struct connection *adopt(void *sk)
 {
-	u32 error = 0, write_seq = 0;
+	struct old_socket *old;
+	struct connection *c;
+	u64 cookie = 0;
+	u32 netns;
+	u8 role;
+
+	KERNEL_READ(cookie, sk, sock_common, skc_cookie);
+	if (!cookie)
+		return 0;
+	old = old_sockets.lookup(&cookie);
+	if (!old)
+		return 0;
+	role = old->role;
+	netns = netns_of(sk);
+	if (!(what_to_do(netns) & POLICY_TRACE))
+		return 0;
+	old_sockets.delete(&cookie);
+	c = establish(sk, netns, cookie);
+	if (!c)
+		return 0;
+	c->role = role;
+	c->old = 1;
+	describe(c, sk);
+	return c;
+}
+
+static inline struct connection *connection_of(void *sk)
+{
+	u64 key = (u64)sk;
+	struct connection *c = connections.lookup(&key);
+
+	return c ? c : adopt(sk);
+}
+
+/* The last bytes may have passed unseen. A FIN that write_seq or copied_seq counts is none
+ * of them. */
+static inline void take_last_bytes(struct connection *c, void *sk)
+{
+	u32 write_seq = 0, copied_seq = 0, rcv_nxt = 0;
+
+	KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
+	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
+	KERNEL_READ(rcv_nxt, sk, tcp_sock, rcv_nxt);
+	if (c->closing && copied_seq == rcv_nxt)
+		copied_seq--;
+	if ((s32)(copied_seq - c->recv_seq) > 0)
+		received_up_to(c, copied_seq);
+	sent_up_to(c, write_seq - c->fin_sent);
+}
+
+/* The connection is gone, or this end wants no more of it. */
+static inline void close_exchanges(struct connection *c, void *sk)
+{
+	u32 error = 0, write_seq = 0, copied_seq = 0, i;
 	s32 missed;
 	u8 response = c->scan[RESPONSE].state;
 	u8 end;
 
-	if (!c->open)
-		return;
-	/* The last of the request may have passed unseen (request_entry). A FIN that
-	 * write_seq counts is none of the body's bytes, so it is not taken for one. */
-	KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
-	missed = write_seq - c->send_seq;
-	if (c->enrolled && missed > 0)
-		c->request_bytes += scan_skip(&c->scan[REQUEST], missed);
 	KERNEL_READ(error, sk, sock, sk_err);
-	if (c->scan[REQUEST].state == SCAN_OPAQUE)
+	c->error = error;
+	if (c->tcp) {
+		take_last_bytes(c, sk);
+		tcp_part_ends(c, error ? END_RESET :
+				 c->closing ? END_CLOSED_THERE : END_CLOSED_HERE);
+		c->tcp = TCP_NO;
+		return;
+	}
+	if (!c->open && !has_parked(c))
+		return;
+	/* The last of the request may have passed unseen (request_entry). */
+	KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
+	missed = write_seq - c->fin_sent - c->send_seq;
+	if (c->enrolled && missed > 0)
+		c->request.bytes += scan_skip(&c->scan[REQUEST], missed);
+	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
+	if (c->scan[REQUEST].state == SCAN_OPAQUE ||
+	    (c->inherited && (missed || copied_seq - c->recv_seq > c->closing)))
 		end = END_UNSEEN;
 	else if (error)
 		end = END_RESET;
@@ -85,29 +150,76 @@ static inline void close_exchange(struct connection *c, void *sk)
 		end = END_CLOSED_HERE;
 	if (end != END_EOF && end != END_UNSEEN)
 		c->response_last_ns = bpf_ktime_get_ns();
-	finish(c, end);
+	for (i = 0; i <= PARKED_MAX; i++) {
+		barrier();
+		if (!c->open && !has_parked(c))
+			break;
+		finish(c, end);
+	}
 }
 
-static inline void state_changed(struct bpf_sock_ops *ops, void *sk)
+/* The connection was never made. Its context was kept when it was begun. */
+static inline void connect_failed(struct connection *c, void *sk)
+{
+	u32 error = 0;
+
+	KERNEL_READ(error, sk, sock, sk_err);
+	c->error = error;
+	c->response_last_ns = bpf_ktime_get_ns();
+	emit(c, &c->request, END_CONNECT_FAILED, PROTOCOL_TCP);
+}
+
+static inline void state_changed(struct connection *c, void *sk, u32 state)
 {
 	u64 key = (u64)sk;
-	struct connection *c = connections.lookup(&key);
-	u32 state = ops->args[1];
 	u8 shutdown = 0;
 
-	if (!c)
-		return;
 	if (state == TCP_CLOSE_WAIT) {
 		c->closing = 1;
 	} else if (state == TCP_FIN_WAIT1 || state == TCP_LAST_ACK) {
 		/* close(2), or only shutdown(SHUT_WR), after which a response may come? */
 		bpf_probe_read_kernel(&shutdown, 1, sk + OFFSET(sock, sk_shutdown));
 		if ((shutdown & SHUTDOWN_MASK) == SHUTDOWN_MASK)
-			close_exchange(c, sk);
+			close_exchanges(c, sk);
+		else if (c->tcp)
+			take_last_bytes(c, sk);
+		c->fin_sent = 1;
 	} else if (state == TCP_CLOSE) {
-		close_exchange(c, sk);
+		if (c->connect_start_ns && !c->connect_end_ns && c->role == ROLE_CLIENT)
+			connect_failed(c, sk);
+		else
+			close_exchanges(c, sk);
 		connections.delete(&key);
 	}
+}
+
+/* bpf_get_current_pid_tgid, which sockops programs have since 6.10 only. */
+static inline u64 current_thread(void)
+{
+	void *task = (void *)bpf_get_current_task();
+	u32 pid = 0, tgid = 0;
+
+	KERNEL_READ(pid, task, task_struct, pid);
+	KERNEL_READ(tgid, task, task_struct, tgid);
+	return (u64)tgid << 32 | pid;
+}
+
+/* A connection is begun: who would it belong to, if it fails? */
+static inline void connect_begins(struct connection *c, void *sk)
+{
+	struct head_context none = {};
+	struct request *q = &c->request;
+	u64 thread = current_thread();
+
+	c->role = ROLE_CLIENT;
+	c->connect_start_ns = bpf_ktime_get_ns();
+	describe(c, sk);
+	attempts.delete(&thread);
+	remember_thread(q, thread);
+	if (child_of_served(q, thread))
+		return;
+	new_root(q);
+	q->flags = decide(&none, c->netns, q->trace_id_low);
 }
 
 int lifecycle(struct bpf_sock_ops *ops)
@@ -127,12 +239,12 @@ int lifecycle(struct bpf_sock_ops *ops)
 	switch (ops->op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		netns = netns_of(sk);
-		if (!(policy_of(netns) & POLICY_TRACE))
+		if (!(what_to_do(netns) & POLICY_TRACE))
 			return 1;
-		c = establish(sk, netns);
+		c = establish(sk, netns, bpf_get_socket_cookie(ops));
 		if (c) {
-			c->role = ROLE_CLIENT;
-			c->connect_start_ns = bpf_ktime_get_ns();
+			c->watched = 1;
+			connect_begins(c, sk);
 			bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
 		}
 		break;
@@ -142,7 +254,7 @@ int lifecycle(struct bpf_sock_ops *ops)
 			return 1;
 		c->connect_end_ns = bpf_ktime_get_ns();
 		describe(c, sk);
-		if (!(policy_of(c->netns) & POLICY_ENROL) || is_mptcp(sk))
+		if (!(what_to_do(c->netns) & POLICY_ENROL) || is_mptcp(sk))
 			break;
 		/* A statement of its own: bcc's rewriting ends it with a semicolon. */
 		failed = enrolled.sock_hash_update(ops, &key, BPF_NOEXIST);
@@ -152,18 +264,38 @@ int lifecycle(struct bpf_sock_ops *ops)
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		netns = netns_of(sk);
-		if (!(policy_of(netns) & POLICY_TRACE))
+		if (!(what_to_do(netns) & POLICY_TRACE))
 			return 1;
-		c = establish(sk, netns);
+		c = establish(sk, netns, bpf_get_socket_cookie(ops));
 		if (c) {
+			c->watched = 1;
 			c->role = ROLE_SERVER;
 			describe(c, sk);
 			bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
 		}
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
-		state_changed(ops, sk);
+		c = connections.lookup(&key);
+		if (c)
+			state_changed(c, sk, ops->args[1]);
 		break;
 	}
 	return 1;
+}
+
+RAW_TRACEPOINT_PROBE(inet_sock_set_state)
+{
+	void *sk = (void *)ctx->args[0];
+	u32 state = ctx->args[2];
+	u64 key = (u64)sk, cookie = 0;
+	struct connection *c = connections.lookup(&key);
+
+	if (c && !c->watched)
+		state_changed(c, sk, state);
+	if (state == TCP_CLOSE) {
+		KERNEL_READ(cookie, sk, sock_common, skc_cookie);
+		if (cookie)
+			old_sockets.delete(&cookie);
+	}
+	return 0;
 }

@@ -5,17 +5,77 @@
 #define PODSPAN_MESSAGE_H
 
 #include "context.h"
+#include "tcp.h"
 
-/* Follow this connection no more. We would not see the end of an exchange under way: no
- * thread serves a received one any longer; a sent one, whose headers may have arrived,
- * ends with the connection. */
-static inline void forsake(struct connection *c, u32 reason)
+#define OLD_TRIES 16	/* turns; then an old connection is taken for one that speaks no HTTP */
+
+static inline void look_no_more(struct connection *c)
 {
-	lose(reason);
-	if (c->role == ROLE_SERVER || reason == LOSS_PIPELINED)
-		c->open = 0;
 	c->scan[REQUEST].state = SCAN_OPAQUE;
 	c->scan[RESPONSE].state = SCAN_OPAQUE;
+}
+
+/* Follow this connection no more. The exchange under way ends with the connection, unseen,
+ * and is nobody's parent. One that never spoke HTTP is TCP's: tcp.h. */
+static inline void forsake(struct connection *c, u32 reason)
+{
+	look_no_more(c);
+	if (c->inherited) {
+		/* Found again as an old one is. */
+		c->inherited = 0;
+		if (c->open)
+			lose(LOSS_RESTART);
+		c->open = NOT_OPEN;
+		c->old = 1;
+		return;
+	}
+	if (c->old) {
+		/* Perhaps the middle of a message: see in_step(). */
+		if (++c->tries < OLD_TRIES || !TCP_SPANS) {
+			c->open = NOT_OPEN;
+			if (c->tries == 1)
+				lose(LOSS_OLD_CONNECTION);
+			return;
+		}
+		c->old = 0;
+		c->tcp = TCP_WANTED;
+		return;
+	}
+	if (TCP_SPANS && !c->heads &&
+	    (reason == LOSS_REQUEST_UNPARSED || reason == LOSS_RESPONSE_UNASKED)) {
+		c->tcp = TCP_WANTED;
+		return;
+	}
+	lose(reason);
+	if (c->open)
+		c->open = ABANDONED;
+}
+
+/* A connection that is older than the agent: where in its messages it stands is not known.
+ * A request can begin only where its end speaks after the other one has. What is taken
+ * for a request there may still be a body that looks like one, so nothing is written into
+ * a request before an exchange has been seen whole. */
+static inline void in_step(struct connection *c, int is_response)
+{
+	u8 turn = c->turn;
+
+	c->turn = is_response;
+	if (!c->old || is_response || turn != RESPONSE || c->scan[REQUEST].state != SCAN_OPAQUE)
+		return;
+	c->open = NOT_OPEN;
+	scan_next(&c->scan[REQUEST]);
+	scan_next(&c->scan[RESPONSE]);
+	response_forgotten(c);
+}
+
+/* A response has ended where a piece of bytes did. */
+static inline void exchange_complete(struct connection *c, int at_end)
+{
+	if (c->old && at_end && c->heads && c->scan[REQUEST].state == SCAN_START &&
+	    !has_parked(c))
+		c->old = 0;
+	c->inherited = 0;
+	finish(c, END_COMPLETE);
 }
 
 /* Bytes that no hook saw have passed: only a body's bytes may. */
@@ -27,14 +87,14 @@ static inline int catch_up(struct connection *c, int is_response, u32 missed)
 	if (is_response)
 		c->response_bytes += skipped;
 	else
-		c->request_bytes += skipped;
+		c->request.bytes += skipped;
 	if (skipped != missed) {
 		forsake(c, LOSS_BYTES_MISSED);
 		return 0;
 	}
 	if (s->state == SCAN_DONE) {
 		if (is_response)
-			finish(c, END_COMPLETE);
+			exchange_complete(c, 1);
 		scan_next(s);
 	}
 	return 1;
@@ -49,12 +109,32 @@ static inline int sync_sent(struct connection *c, int is_response, u32 *again)
 
 	*again = 0;
 	KERNEL_READ(write_seq, (void *)c->sock, tcp_sock, write_seq);
-	missed = write_seq - c->send_seq;
+	missed = write_seq - c->fin_sent - c->send_seq;
 	if (missed < 0)
 		*again = -missed;
 	if (missed <= 0)
 		return 1;
-	c->send_seq = write_seq;
+	sent_up_to(c, c->send_seq + missed);
+	return catch_up(c, is_response, missed);
+}
+
+/* The same of what the application received. */
+static inline int sync_received(struct connection *c, int is_response)
+{
+	void *sk = (void *)c->sock;
+	u32 copied_seq = 0;
+	u8 shutdown = 0;
+	s32 missed;
+
+	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
+	missed = copied_seq - c->recv_seq;
+	if (missed <= 0)
+		return 1;
+	/* A FIN counts as one. */
+	bpf_probe_read_kernel(&shutdown, 1, sk + OFFSET(sock, sk_shutdown));
+	if (missed == 1 && shutdown & RCV_SHUTDOWN)
+		return 1;
+	received_up_to(c, copied_seq);
 	return catch_up(c, is_response, missed);
 }
 
@@ -62,12 +142,16 @@ static inline int sync_sent(struct connection *c, int is_response, u32 *again)
 static inline int message_begins(struct connection *c, int is_response, u64 now)
 {
 	struct scanner *s = &c->scan[REQUEST];
+	struct request *q = &c->request;
 	u32 again;
 
+	in_step(c, is_response);
 	if (is_response) {
 		if (c->scan[RESPONSE].state == SCAN_OPAQUE)
 			return 0;
-		if (!c->open) {
+		if (!c->open && !has_parked(c)) {
+			c->response_first_ns = now;
+			c->response_last_ns = now;
 			forsake(c, LOSS_RESPONSE_UNASKED);
 			return 0;
 		}
@@ -83,33 +167,43 @@ static inline int message_begins(struct connection *c, int is_response, u64 now)
 	if (s->state == SCAN_OPAQUE)
 		return 0;
 	if (s->state == SCAN_START) {
-		if (c->open) {
-			if (!c->response_first_ns) {
-				forsake(c, LOSS_PIPELINED);
-				return 0;
-			}
+		if (c->open && c->scan[RESPONSE].state == SCAN_UNTIL_EOF) {
 			finish(c, END_NEXT_REQUEST);
 			scan_next(&c->scan[RESPONSE]);
 		}
-		c->request_first_ns = now;
-		__builtin_memset(&c->text, 0, sizeof(c->text));
-		c->request_bytes = 0;
-		c->response_bytes = 0;
-		c->response_first_ns = 0;
+		if (c->open && !park(c)) {
+			forsake(c, LOSS_PIPELINED);
+			return 0;
+		}
+		q->first_ns = now;
+		q->bytes = 0;
+		__builtin_memset(&q->text, 0, sizeof(q->text));
 	}
-	c->request_last_ns = now;
+	q->last_ns = now;
 	return 1;
 }
 
-/* A response's head is complete. */
-static inline void response_head(struct connection *c)
+static inline int is_method(const u8 *method, u64 word)
+{
+	return *(u64 *)method == word;
+}
+
+/* A response's head is complete; `left` bytes of what passes now follow it. */
+static inline void response_head(struct connection *c, u64 left, u64 thread, u64 now)
 {
 	struct scanner *s = &c->scan[RESPONSE];
+	struct request *q = oldest(c);
 	u16 status = s->status;
-	u32 method = *(u32 *)c->text.method;
-	int is_head = method == ('H' | 'E' << 8 | 'A' << 16 | 'D' << 24) &&
-		      !c->text.method[4];
+	int is_head, is_connect, was_parked = has_parked(c);
 
+	if (!q) {
+		forsake(c, LOSS_RESPONSE_UNASKED);
+		return;
+	}
+	note_roaming(c, q, thread);
+	is_head = is_method(q->text.method, TEXT8('H', 'E', 'A', 'D', 0, 0, 0, 0));
+	is_connect = is_method(q->text.method, TEXT8('C', 'O', 'N', 'N', 'E', 'C', 'T', 0)) &&
+		     status >= 200 && status < 300;
 	if (status >= 100 && status < 200 && status != 101) {
 		/* Interim: the response proper is still to come. */
 		scan_next(s);
@@ -117,10 +211,11 @@ static inline void response_head(struct connection *c)
 		return;
 	}
 	c->status = status;
-	if (status == 101) {
+	if (status == 101 || is_connect) {
 		finish(c, END_COMPLETE);
-		c->scan[REQUEST].state = SCAN_OPAQUE;
-		s->state = SCAN_OPAQUE;
+		look_no_more(c);
+		if (TCP_SPANS && !was_parked)
+			tunnel_begins(c, left, now);
 		return;
 	}
 	scan_body(s, is_head || status == 204 || status == 304);

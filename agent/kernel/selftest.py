@@ -180,10 +180,13 @@ def _readable(sock: socket.socket) -> None:
 
 
 def _in_background(call: Callable[..., object], *args: object) -> None:
-    """Send without waiting for the reader; a failure shows in what is received."""
+    """Send without waiting for the reader; a failure shows in what is received.
+
+    ValueError: Socket.sendfile() seeks in the file once more, which may be closed then.
+    """
 
     def run() -> None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             call(*args)
 
     threading.Thread(target=run, daemon=True).start()

@@ -13,6 +13,7 @@ import errno
 import os
 import platform
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,7 @@ SYS_BPF: Final = {"x86_64": 321, "aarch64": 280}
 BPF_MAP_LOOKUP_ELEM: Final = 1
 BPF_MAP_UPDATE_ELEM: Final = 2
 BPF_MAP_DELETE_ELEM: Final = 3
+BPF_MAP_GET_NEXT_KEY: Final = 4
 BPF_OBJ_PIN: Final = 6
 BPF_OBJ_GET: Final = 7
 BPF_OBJ_GET_INFO_BY_FD: Final = 15
@@ -33,6 +35,7 @@ COMMAND_NAMES: Final = {
     BPF_MAP_LOOKUP_ELEM: "MAP_LOOKUP_ELEM",
     BPF_MAP_UPDATE_ELEM: "MAP_UPDATE_ELEM",
     BPF_MAP_DELETE_ELEM: "MAP_DELETE_ELEM",
+    BPF_MAP_GET_NEXT_KEY: "MAP_GET_NEXT_KEY",
     BPF_OBJ_PIN: "OBJ_PIN",
     BPF_OBJ_GET: "OBJ_GET",
     BPF_OBJ_GET_INFO_BY_FD: "OBJ_GET_INFO_BY_FD",
@@ -136,6 +139,39 @@ def map_delete(map_fd: int, key: bytes) -> bool:
             return False
         raise
     return True
+
+
+def map_items(map_fd: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the keys and values of a hash map as they are found.
+
+    Keys are collected first, so the caller may delete; what others delete meanwhile is
+    left out.
+    """
+    info = map_info(map_fd)
+    size = info.key_size
+    keys: list[bytes] = []
+    following = ctypes.create_string_buffer(size)
+    last: bytes | None = None
+    while True:
+        before = None if last is None else ctypes.create_string_buffer(last, size)
+        attr = _element(
+            map_fd,
+            0 if before is None else ctypes.addressof(before),
+            ctypes.addressof(following),
+            0,
+        )
+        try:
+            _bpf(BPF_MAP_GET_NEXT_KEY, attr)
+        except BpfError as exc:
+            if exc.errno == errno.ENOENT:
+                break
+            raise
+        last = following.raw
+        keys.append(last)
+    for key in dict.fromkeys(keys):  # a table that changes is begun anew
+        value = map_lookup(map_fd, key, info.value_size)
+        if value is not None:
+            yield key, value
 
 
 def link_create(prog_fd: int, target_fd: int, attach_type: int, flags: int = 0) -> int:

@@ -9,17 +9,22 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from podspan.agent.errors import FeatureMissing, ProgramRejected
-from podspan.agent.exchange import Exchange
+from podspan.agent.exchange import Exchange, Role
 from podspan.agent.kernel import grammar, program, selftest, syscall
-from podspan.agent.kernel.guard import Guard
+from podspan.agent.kernel.enrol import Enrolment, enrol_existing
+from podspan.agent.kernel.guard import PIN_DIR, Guard
+from podspan.agent.kernel.options import Options
+from podspan.agent.kernel.state import Inherited, State
+from podspan.agent.pods.sockets import Connection, find_connections
 
 if TYPE_CHECKING:
     from bcc import BPF
@@ -33,29 +38,43 @@ SCAN_STEP = 576
 SETTINGS = {
     "SCAN_STEP": SCAN_STEP,
     "SEGMENTS": 20,  # elements of a writev that one step walks
-    "RING_PAGES": 2048,  # 8 MB: 14,000 exchanges between two polls
+    "RING_PAGES": 2048,  # 8 MB: 11,000 exchanges between two polls
     "MAX_THREADS": 16384,
+    "PARKED_MAX": 16,  # requests that one connection may send ahead of responses
+    "MAX_PARKED": 2048,
 }
 
 # Exchanges handed over by one poll: the heartbeat waits no longer than that takes.
 POLL_MAX = 8192
 
 POLICY_NONE, POLICY_TRACE, POLICY_ENROL = 0, 1, 2
+POLICY = struct.Struct("=QB7x")  # struct policy of bpf/connection.h
+OLD_SOCKET = struct.Struct("=B")
 
-# Kernel function, our program, whether every kernel has it.
+# Kernel function, our program at its entry, whether every kernel has it.
 KPROBES = (
+    (b"tcp_v4_connect", b"connect_entry", True),
+    (b"tcp_v6_connect", b"connect_entry", False),  # CONFIG_IPV6 may be off, or a module
     (b"tcp_sendmsg", b"send_entry", True),
     (b"tcp_sendpage", b"sendpage_entry", False),
     (b"tcp_recvmsg", b"receive_entry", True),
     (b"tcp_cleanup_rbuf", b"receive_copied", True),
 )
 
+# Our programs at a function's return.
+RETURNS = {b"connect_entry": b"connect_return"}
+
+# struct template of bpf/request.c: a line, and the size of its field.
 TEMPLATE = (
     (b"x-request-id: " + b"_" * 36 + b"\r\n", 56),
     (b"x-b3-traceid: " + b"_" * 32 + b"\r\n", 48),
+    (b"x-b3-traceid: " + b"_" * 16 + b"\r\n", 32),
     (b"x-b3-spanid: " + b"_" * 16 + b"\r\n", 32),
     (b"x-b3-parentspanid: " + b"_" * 16 + b"\r\n", 40),
     (b"x-b3-sampled: _\r\n", 24),
+    (b"x-b3-flags: 1\r\n", 16),
+    (b"b3: " + b"_" * 32 + b"-" + b"_" * 16, 80),
+    (b"traceparent: 00-" + b"_" * 32 + b"-" + b"_" * 16 + b"-0_\r\n", 72),
 )
 
 BPF_CGROUP_SOCK_OPS = 3
@@ -65,15 +84,18 @@ BPF_SK_MSG_VERDICT = 7
 class Programs:
     """bpf/tracer.c in the kernel; attached piece by piece, removed by `close`."""
 
-    def __init__(self, max_connections: int) -> None:
+    def __init__(self, max_connections: int, options: Options) -> None:
         """Compile, fill the tables, verify. Nothing is attached yet."""
         self._stack = ExitStack()
-        settings = {**SETTINGS, "MAX_CONNECTIONS": max_connections}
+        self._sampling = options.sampling
+        settings = {**SETTINGS, **options.defines(), "MAX_CONNECTIONS": max_connections}
         self.bpf: BPF = program.load("tracer.c", settings)
         self._stack.callback(self.bpf.cleanup)
+        self._connection = self.bpf[b"connections"].Leaf
         try:
             self._fill_tables()
-            self._chain("request_steps", "SK_MSG", ["request_scan", "request_inject"])
+            steps = ["request_scan", "request_inject", "request_insert"]
+            self._chain("request_steps", "SK_MSG", steps)
             self._chain("bytes_steps", "KPROBE", ["bytes_walk", "bytes_head"])
         except BaseException:
             self.close()
@@ -100,6 +122,8 @@ class Programs:
                 continue
             try:
                 self.bpf.attach_kprobe(event=function, fn_name=name)
+                if name in RETURNS:
+                    self.bpf.attach_kretprobe(event=function, fn_name=RETURNS[name])
             except Exception as exc:  # bcc has no exception type of its own
                 raise ProgramRejected(
                     f"cannot attach {name.decode()} to {function.decode()}: {exc}"
@@ -109,18 +133,52 @@ class Programs:
         """Detach and unload all."""
         self._stack.close()
 
-    def set_policy(self, netns: int, policy: int | None) -> None:
-        """What is done in the namespace of this inode; None: as in the others."""
-        table = self.bpf[b"policies"]
-        key = ctypes.c_uint32(netns)
-        if policy is None:
-            table.pop(key, None)
-        else:
-            table[key] = ctypes.c_uint8(policy)
+    def set_policy(
+        self, netns: int, what: int | None, sampling: float | None = None
+    ) -> None:
+        """What is done in the namespace of this inode; None: as in the others.
 
-    def set_other_policy(self, policy: int) -> None:
+        `sampling` is a percentage, None the node's.
+        """
+        key = struct.pack("=I", netns)
+        if what is None:
+            syscall.map_delete(program.map_fd(self.bpf, "policies"), key)
+        else:
+            self._write("policies", key, self._policy(what, sampling))
+
+    def set_other_policy(self, what: int) -> None:
         """What is done in the namespaces that `set_policy` does not name."""
-        self.bpf[b"other_policy"][ctypes.c_int(0)] = ctypes.c_uint8(policy)
+        self._write("other_policy", b"\0" * 4, self._policy(what, None))
+
+    def _policy(self, what: int, sampling: float | None) -> bytes:
+        percent = self._sampling if sampling is None else sampling
+        return POLICY.pack(round(percent / 100 * 2**32), what)
+
+    def add_old_sockets(self, accepted: Mapping[int, bool]) -> None:
+        """Let the sockets of these cookies be followed from their next byte on.
+
+        The value: whether this end accepted the connection. What is followed already
+        is left alone.
+        """
+        followed = {
+            self._connection.from_buffer_copy(value).cookie
+            for _, value in syscall.map_items(program.map_fd(self.bpf, "connections"))
+        }
+        for cookie, is_server in accepted.items():
+            if cookie not in followed:
+                role = Role.SERVER if is_server else Role.CLIENT
+                self._write(
+                    "old_sockets", struct.pack("=Q", cookie), OLD_SOCKET.pack(role)
+                )
+
+    def set_roaming(self, come: Iterable[int], gone: Iterable[int]) -> None:
+        """Processes (the kernel's tgid) of which no thread is anybody's parent."""
+        for pid in come:
+            self._write("roaming", struct.pack("=I", pid), b"\1")
+        for pid in gone:
+            syscall.map_delete(
+                program.map_fd(self.bpf, "roaming"), struct.pack("=I", pid)
+            )
 
     def losses(self) -> dict[str, int]:
         """Counters of bpf/losses.h, by name in lower case without LOSS_."""
@@ -169,6 +227,7 @@ class Tracer:
         self,
         *,
         max_connections: int,
+        options: Options,
         netns: frozenset[int] | None,
         on_exchange: Callable[[Exchange], None],
         on_warning: Callable[[str], None],
@@ -176,7 +235,10 @@ class Tracer:
         """`netns` None traces every namespace but the agent's own."""
         self.engine = "off"
         self.engine_reason = "not tried"
+        self.inherited = Inherited()
+        self.enrolment = Enrolment(0, 0, {})
         self._max_connections = max_connections
+        self._options = options
         self._netns = netns
         self._on_exchange = on_exchange
         self._on_warning = on_warning
@@ -184,27 +246,31 @@ class Tracer:
         self._taken = 0
         self._trying = False
         self._losses_of_trial: dict[str, int] = {}
+        self._lost_by_restart = 0
+        self._sampling: Mapping[int, float] = {}
+        self._policies: dict[int, tuple[int, float | None]] = {}
 
     def __enter__(self) -> Self:
         """Load, try, attach; on failure nothing stays behind."""
         require_kprobes()
         with ExitStack() as stack:
-            self._programs = Programs(self._max_connections)
+            self._programs = Programs(self._max_connections, self._options)
             stack.callback(self._programs.close)
             self._own_netns = Path("/proc/self/ns/net").stat().st_ino
-            self._programs.set_policy(self._own_netns, POLICY_NONE)
             self._ring = self._programs.bpf[b"exchanges"]
             self._ring.open_ring_buffer(self._take)
             self._programs.attach_requests()
             self._try_requests()
-            self._programs.attach_kprobes()
             self._guard = Guard.open()
             stack.callback(self._guard.close)
-            self._selected: frozenset[int] = frozenset()
+            state = State(self._programs.bpf, PIN_DIR)
+            self.inherited = state.inherit(self._take_inherited)
+            self._programs.attach_kprobes()
             if self._netns is None:
-                self._programs.set_other_policy(self._policy)
-            else:
-                self.select(self._netns)
+                self._programs.set_other_policy(self._what)
+            self._set_policies()
+            self._take_over(state)
+            state.pin()
             # The compiler's memory goes back to the node: 10 MB of 48.
             ctypes.CDLL(None).malloc_trim(0)
             self._stack = stack.pop_all()
@@ -216,7 +282,7 @@ class Tracer:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Detach and unload."""
+        """Detach and unload; what is pinned waits for the next agent."""
         self._stack.close()
 
     def poll(self, timeout_ms: int) -> None:
@@ -234,29 +300,67 @@ class Tracer:
 
     def select(self, netns: frozenset[int]) -> None:
         """Trace these network namespaces, and no others."""
-        for inode in self._selected - netns:
-            self._programs.set_policy(inode, None)
-        for inode in netns - self._selected - {self._own_netns}:
-            self._programs.set_policy(inode, self._policy)
-        self._selected = netns
+        new = netns - (self._netns or frozenset())
+        self._netns = netns
+        self._set_policies()
+        self.enrolment = self._enrol_existing(find_connections(new))
+
+    def set_sampling(self, by_netns: Mapping[int, float]) -> None:
+        """Sample these namespaces' traces at rates of their own, in per cent."""
+        self._sampling = by_netns
+        self._set_policies()
+
+    def set_roaming(self, come: Iterable[int], gone: Iterable[int]) -> None:
+        """Claim no parent by thread in these processes: their work roams."""
+        self._programs.set_roaming(come, gone)
 
     def losses(self) -> dict[str, int]:
         """Return what was lost since the start, by reason."""
-        return {
+        losses = {
             reason: count - self._losses_of_trial[reason]
             for reason, count in self._programs.losses().items()
         }
+        losses["restart"] += self._lost_by_restart
+        return losses
 
     @property
-    def _policy(self) -> int:
+    def _what(self) -> int:
         return POLICY_TRACE | (POLICY_ENROL if self.engine == "kernel" else 0)
+
+    def _set_policies(self) -> None:
+        """Bring the kernel's table in line with what is selected and sampled."""
+        traced = self._sampling.keys() if self._netns is None else self._netns
+        wanted: dict[int, tuple[int, float | None]] = {
+            inode: (self._what, self._sampling.get(inode)) for inode in traced
+        }
+        wanted[self._own_netns] = (POLICY_NONE, None)
+        for inode in self._policies.keys() - wanted.keys():
+            self._programs.set_policy(inode, None)
+        for inode, (what, percent) in wanted.items():
+            if self._policies.get(inode) != (what, percent):
+                self._programs.set_policy(inode, what, percent)
+        self._policies = wanted
+
+    def _take_over(self, state: State) -> None:
+        """Follow the connections that are older than this agent."""
+        connections = find_connections(self._netns)
+        lost = state.keep({connection.end.cookie for connection in connections})
+        self._lost_by_restart = self.inherited.lost + lost
+        self.enrolment = self._enrol_existing(connections)
+
+    def _enrol_existing(self, connections: Sequence[Connection]) -> Enrolment:
+        self._programs.add_old_sockets(
+            {one.end.cookie: one.accepted for one in connections}
+        )
+        fd = program.map_fd(self._programs.bpf, "enrolled")
+        return enrol_existing(fd, connections if self.engine == "kernel" else ())
 
     def _try_requests(self) -> None:
         tried: list[int] = []
 
         def trace(netns: int) -> None:
             tried.append(netns)
-            self._programs.set_policy(netns, POLICY_TRACE | POLICY_ENROL)
+            self._programs.set_policy(netns, POLICY_TRACE | POLICY_ENROL, 100.0)
 
         fault = selftest.find_fault(trace)
         for netns in tried:
@@ -273,6 +377,9 @@ class Tracer:
             self._on_warning(
                 f"no header is written into requests: self-test failed: {fault}"
             )
+
+    def _take_inherited(self, data: int) -> None:
+        self._on_exchange(Exchange.from_kernel(self._ring.event(data)))
 
     def _take(self, _context: object, data: int, _size: int) -> int:
         if self._trying:

@@ -18,10 +18,12 @@ import pytest
 from netns.conftest import IFA_F_NODAD, Namespace, new_namespaces
 from netns.http_peer import DEADLINE_S, FAMILIES, read_all
 from podspan.agent.exchange import Exchange
+from podspan.agent.kernel.options import Options
 from podspan.agent.kernel.tracer import POLICY_ENROL, POLICY_TRACE, Programs
 from pyroute2 import NetNS
 
 MAX_CONNECTIONS = 4096
+DEFAULTS = Options()
 DEADLINE = struct.pack("ll", DEADLINE_S, 0)  # struct timeval
 KERNEL_TROUBLE = re.compile(r"WARNING: |BUG: |Oops|refcount_t|general protection")
 
@@ -29,7 +31,10 @@ KERNEL_TROUBLE = re.compile(r"WARNING: |BUG: |Oops|refcount_t|general protection
 class Injection:
     """Connections from the client's pod to the server's; what the kernel says."""
 
-    def __init__(self, client: Namespace, server: Namespace) -> None:
+    def __init__(
+        self, client: Namespace, server: Namespace, options: Options = DEFAULTS
+    ) -> None:
+        self._options = options
         self.client = client
         self.server = server
         self._stack = ExitStack()
@@ -38,7 +43,7 @@ class Injection:
 
     def __enter__(self):
         with self._stack as stack:
-            self.programs = Programs(max_connections=MAX_CONNECTIONS)
+            self.programs = Programs(MAX_CONNECTIONS, self._options)
             stack.callback(self.programs.close)
             self._ring = self.programs.bpf[b"exchanges"]
             self._ring.open_ring_buffer(self._take)

@@ -23,6 +23,8 @@ from podspan.agent.errors import (
     UsageError,
 )
 from podspan.agent.exchange import Exchange
+from podspan.agent.kernel.enrol import Enrolment
+from podspan.agent.kernel.state import Inherited
 from podspan.agent.pods.names import ServiceNames
 from podspan.agent.service import HEARTBEAT_S, Losses, Periodic, run
 from unit.kernel_struct import exchange_record
@@ -39,6 +41,8 @@ class FakeTracer:
 
     engine = "kernel"
     engine_reason = "self-test passed"
+    inherited = Inherited()
+    enrolment = Enrolment(0, 0, {})
 
     def __init__(self, *steps, signal_number=signal.SIGTERM, on_enter=None):
         self.steps = list(steps)
@@ -48,11 +52,14 @@ class FakeTracer:
         self.lost = {"ring_full": 0}
         self.beats = []
         self.selected = []
+        self.sampling = {}
+        self.roaming = set()
         self.attached = False
         self.ended = False
 
-    def __call__(self, *, max_connections, netns, on_exchange, on_warning):
+    def __call__(self, *, max_connections, options, netns, on_exchange, on_warning):
         self.max_connections = max_connections
+        self.options = options
         self.netns = netns
         self.on_exchange = on_exchange
         self.on_warning = on_warning
@@ -82,6 +89,12 @@ class FakeTracer:
 
     def select(self, netns):
         self.selected.append(netns)
+
+    def set_sampling(self, by_netns):
+        self.sampling = by_netns
+
+    def set_roaming(self, come, gone):
+        self.roaming = (self.roaming | set(come)) - set(gone)
 
     def losses(self):
         assert self.attached

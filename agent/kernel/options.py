@@ -1,0 +1,46 @@
+"""What the user can choose of how the kernel traces, as defines of bpf/tracer.c."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from podspan.agent.config import Config
+
+SECOND_NS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The fields of Config that the kernel's programs need."""
+
+    sampling: float = 100.0  # per cent
+    span_ids: str = "shared"
+    unsampled: str = "0"
+    propagate: frozenset[str] = frozenset({"b3multi"})
+    tcp: bool = True
+    tcp_interval: int = 0  # seconds; 0: never
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Pick them out of what the user has set."""
+        return cls(
+            config.sampling,
+            config.span_ids,
+            config.unsampled,
+            config.propagate,
+            not config.no_tcp,
+            config.tcp_interval,
+        )
+
+    def defines(self) -> dict[str, int]:
+        """Return names and values for the compiler."""
+        return {
+            "SPAN_IDS_CHILD": int(self.span_ids == "child"),
+            "UNSAMPLED_DEFER": int(self.unsampled == "defer"),
+            "PROPAGATE_B3MULTI": int("b3multi" in self.propagate),
+            "PROPAGATE_B3": int("b3" in self.propagate),
+            "PROPAGATE_TRACECONTEXT": int("tracecontext" in self.propagate),
+            "TCP_SPANS": int(self.tcp),
+            "TCP_INTERVAL_NS": self.tcp_interval * SECOND_NS,
+        }

@@ -1,0 +1,176 @@
+"""What outlives an agent in the kernel: its connections, and records it has not read.
+
+The tables are pinned while the agent runs. The next agent, restarted or upgraded,
+copies from them what still holds, so that the traces of calls under way stay whole.
+Programs and the sockhash end with the agent: between the two nothing is traced and
+every byte passes as if there had never been an agent.
+
+The pins' name carries a hash of the structs: what an agent with other structs has left
+is thrown away, and said to be lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from podspan.agent.errors import KernelError
+from podspan.agent.kernel import program, syscall
+from podspan.agent.kernel.syscall import BpfError
+
+if TYPE_CHECKING:
+    from bcc import BPF
+
+PREFIX: Final = "state_"
+TABLES: Final = ("connections", "servings", "exchanges")
+
+# The headers that declare what is pinned.
+STRUCTS: Final = ("scanner.h", "exchange.h", "connection.h")
+
+# What stat(5) counts in.
+TICK_NS: Final = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """What an agent before this one has left."""
+
+    connections: int = 0
+    open: int = 0  # of them, those with a call under way
+    records: int = 0  # exchanges that had ended, and were not read
+    lost: int = 0  # calls under way that cannot be followed
+
+    def __bool__(self) -> bool:
+        """Whether there was anything."""
+        return bool(self.connections or self.records or self.lost)
+
+    def __str__(self) -> str:
+        """Return the figures as key=value, for the log."""
+        names = self.__dataclass_fields__
+        return " ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+class State:
+    """The pinned tables; `inherit` once, then `pin`."""
+
+    def __init__(self, bpf: BPF, pin_dir: Path) -> None:
+        self._bpf = bpf
+        self._pin_dir = pin_dir
+        text = "".join((program.SOURCES / name).read_text() for name in STRUCTS)
+        self._own = (
+            pin_dir / f"{PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        )
+        self._entry = bpf[b"connections"].Leaf
+        self._serving = bpf[b"servings"].Leaf
+
+    def inherit(self, take_record: Callable[[int], None]) -> Inherited:
+        """Copy what an earlier agent has left; `take_record` gets a record's address.
+
+        What has become of the sockets meanwhile is not asked here: see `keep`.
+        """
+        try:
+            with ExitStack() as stack:
+                fds = {name: syscall.obj_get(self._own / name) for name in TABLES}
+                for fd in fds.values():
+                    stack.callback(os.close, fd)
+                records = _drain(fds["exchanges"], take_record)
+                return self._copy(fds, records)
+        except BpfError as exc:
+            if exc.errno == errno.ENOENT:
+                return Inherited()
+            raise KernelError(f"cannot read what an agent has left: {exc}") from exc
+
+    def pin(self) -> None:
+        """Let the tables outlive this process; remove what other versions pinned."""
+        try:
+            for old in self._pin_dir.glob(f"{PREFIX}*"):
+                shutil.rmtree(old)
+            self._own.mkdir()
+            for name in TABLES:
+                syscall.obj_pin(program.map_fd(self._bpf, name), self._own / name)
+        except OSError as exc:
+            raise KernelError(f"cannot pin the agent's tables: {exc}") from exc
+
+    def keep(self, cookies: Collection[int]) -> int:
+        """Forget the inherited connections whose socket is none of these.
+
+        Returns how many of them had a call under way.
+        """
+        fd = program.map_fd(self._bpf, "connections")
+        lost = 0
+        for key, value in syscall.map_items(fd):
+            entry = self._entry.from_buffer_copy(value)
+            if entry.inherited and entry.cookie not in cookies:
+                lost += bool(entry.open)
+                syscall.map_delete(fd, key)
+        return lost
+
+    def _copy(self, fds: dict[str, int], records: int) -> Inherited:
+        connections = program.map_fd(self._bpf, "connections")
+        servings = program.map_fd(self._bpf, "servings")
+        copied = under_way = lost = 0
+        for key, value in syscall.map_items(fds["connections"]):
+            entry = self._entry.from_buffer_copy(value)
+            entry.inherited = 1
+            # Its sends pass the sockhash again once it is enrolled again.
+            entry.enrolled = 0
+            lost += entry.parked_end - entry.parked_first
+            entry.parked_first = entry.parked_end
+            try:
+                syscall.map_update(connections, key, bytes(entry))
+            except BpfError:  # fewer connections are allowed now
+                lost += bool(entry.open)
+                continue
+            copied += 1
+            under_way += bool(entry.open)
+        for key, value in syscall.map_items(fds["servings"]):
+            serving = self._serving.from_buffer_copy(value)
+            thread = int.from_bytes(key, "little")
+            if _is_still_there(thread, serving.since_ns):
+                syscall.map_update(servings, key, value)
+        return Inherited(copied, under_way, records, lost)
+
+
+def _is_still_there(thread: int, since_ns: int) -> bool:
+    """Whether the thread that took a request at `since_ns` lives, not a later namesake.
+
+    `thread` is the kernel's pid_tgid, `since_ns` of CLOCK_MONOTONIC.
+    """
+    try:
+        stat = Path(f"/proc/{thread >> 32}/task/{thread & 0xFFFFFFFF}/stat").read_text()
+    except OSError:
+        return False
+    # Field 22, counted behind the name, which may hold blanks and parentheses.
+    started_ns = int(stat[stat.rindex(")") + 2 :].split()[19]) * TICK_NS
+    return started_ns <= since_ns + TICK_NS
+
+
+def _drain(ring: int, take_record: Callable[[int], None]) -> int:
+    """Read what is in a ring buffer; return how many records."""
+    from bcc import lib  # noqa: PLC0415  importing this file needs no bcc
+    from bcc.libbcc import _RINGBUF_CB_TYPE  # noqa: PLC0415
+
+    taken = 0
+
+    def take(_context: object, data: int, _size: int) -> int:
+        nonlocal taken
+        take_record(data)
+        taken += 1
+        return 0
+
+    callback = _RINGBUF_CB_TYPE(take)
+    manager = lib.bpf_new_ringbuf(ring, callback, None)
+    if not manager:
+        return 0
+    try:
+        lib.bpf_consume_ringbuf(manager)
+    finally:
+        lib.bpf_free_ringbuf(manager)
+    return taken

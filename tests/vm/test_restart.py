@@ -1,0 +1,156 @@
+"""Connections that are older than the agent: made before it, or under another one."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vm.conftest import (
+    BACK,
+    CLIENT,
+    FRONT,
+    Agent,
+    Request,
+    Server,
+    connected,
+    fetch,
+    head_of,
+    read_response,
+    serving,
+)
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+
+# A process in the pod, as an application is: only such a one's sockets can be enrolled.
+CALLER = """
+import socket, sys
+sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+print("connected", flush=True)
+for line in sys.stdin:
+    sock.sendall(line.rstrip("\\n").encode().decode("unicode_escape").encode())
+    print(sock.recv(65536).split(b"\\r\\n")[0].decode(), flush=True)
+"""
+
+
+class Caller:
+    """A client process with one connection, which calls when it is told to."""
+
+    def __init__(self, process: "subprocess.Popen[str]", server: Server) -> None:
+        self._process = process
+        self._server = server
+
+    def call(self, path: str) -> str:
+        return self.say(head_of(self._server, path).decode())
+
+    def say(self, text: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(text.encode("unicode_escape").decode() + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().rstrip()
+
+
+@contextmanager
+def calling(server: Server) -> Iterator[Caller]:
+    command = CLIENT.command(
+        sys.executable, "-c", CALLER, server.address, str(server.port)
+    )
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "connected\n"
+        yield Caller(process, server)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_connections_older_than_the_agent(agent: Agent) -> None:
+    """Observed at once; headers are written once an exchange was seen whole."""
+    agent.stop()
+    with serving(FRONT) as server, calling(server) as caller:
+        assert caller.call("/before-the-agent/1") == "HTTP/1.1 200 OK"
+        agent.start()
+        for i in range(1, 5):
+            assert caller.call(f"/old/{i}") == "HTTP/1.1 200 OK"
+        spans = agent.spans_of("/old/", server)
+    halves = sorted((s["tags"]["http.url"][-1], s["kind"]) for s in spans)
+    assert halves == [
+        (str(i), kind) for i in range(1, 5) for kind in ("CLIENT", "SERVER")
+    ]
+    written = {
+        r.path[-1]: r.headers.get("x-b3-spanid")
+        for r in server.requests
+        if "/old/" in r.path
+    }
+    assert written["1"] is None
+    for n in "234":
+        both = [s for s in spans if s["tags"]["http.url"].endswith(f"/old/{n}")]
+        assert {s["id"] for s in both} == {written[n]}
+    assert agent.spans_of("before-the-agent", server) == []
+
+
+def test_an_old_connection_found_in_the_middle_of_a_message(agent: Agent) -> None:
+    """A body that looks like a request is not taken for one, nor written into."""
+    lookalike = "GET /look-alike/9 HTTP/1.1\r\nhost: a\r\n\r\n"
+    agent.stop()
+    received: list[bytes] = []
+
+    def answer(request: Request) -> bytes:
+        received.append(request.body)
+        return OK
+
+    with serving(FRONT, answer) as server, calling(server) as caller:
+        size = 3 * len(lookalike)
+        head = head_of(
+            server, "/upload/1", f"content-length: {size}", "expect: 100-continue"
+        ).decode()
+        assert caller.say(head) == "HTTP/1.1 100 Continue"
+        agent.start()
+        assert caller.say(lookalike * 3) == "HTTP/1.1 200 OK"
+        for i in range(3):
+            assert caller.call(f"/after-upload/{i}") == "HTTP/1.1 200 OK"
+        spans = agent.spans_of("/after-upload/", server)
+    assert received[0].decode() == lookalike * 3
+    assert {s["tags"]["http.url"][-1] for s in spans} >= {"1", "2"}
+    last = [r for r in server.requests if r.path == "/after-upload/2"]
+    assert "x-b3-traceid" in last[0].headers
+
+
+def test_a_call_under_way_keeps_its_trace_when_the_agent_is_killed_and_restarted(
+    agent: Agent,
+) -> None:
+    came, go = threading.Event(), threading.Event()
+    with serving(BACK) as back:
+
+        def answer(request: Request) -> bytes:
+            if "/in-flight/" in request.path:
+                came.set()
+                assert go.wait(300)
+                fetch(back, "/in-flight-inner/1", FRONT)
+            return OK
+
+        with serving(FRONT, answer) as front, connected(front) as sock:
+            sock.settimeout(300)
+            sock.sendall(head_of(front, "/in-flight/1"))
+            assert came.wait(60)
+            agent.kill()
+            agent.start()
+            go.set()
+            assert read_response(sock).endswith(b"ok")
+            # And the connection goes on.
+            sock.sendall(head_of(front, "/in-flight/2"))
+            assert read_response(sock).endswith(b"ok")
+            spans = agent.spans_of("/in-flight", front)
+    first = [s for s in spans if s["tags"]["http.url"].endswith("/in-flight/1")]
+    assert {s["kind"] for s in first} == {"CLIENT", "SERVER"}
+    assert len({s["id"] for s in first}) == 1
+    assert not any("podspan.end" in s["tags"] for s in first)
+    (inner,) = [
+        s for s in spans if "inner" in s["tags"]["http.url"] and s["kind"] == "CLIENT"
+    ]
+    assert inner["traceId"] == first[0]["traceId"]
+    assert inner["parentId"] == first[0]["id"]
+    assert inner["tags"]["podspan.link"] == "thread"
+    assert "taken over from an earlier agent" in agent.log()
