@@ -47,7 +47,7 @@ int connect_return(struct pt_regs *ctx)
 		c->peer_port = a->peer_port;
 		__builtin_memcpy(c->peer_addr, a->peer_addr, sizeof(c->peer_addr));
 		c->error = -result;
-		c->response_last_ns = bpf_ktime_get_ns();
+		c->connect_end_ns = bpf_ktime_get_ns();
 		emit(c, &c->request, END_CONNECT_FAILED, PROTOCOL_TCP);
 		connections.delete(&key);
 	}

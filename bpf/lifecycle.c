@@ -165,7 +165,7 @@ static inline void connect_failed(struct connection *c, void *sk)
 
 	KERNEL_READ(error, sk, sock, sk_err);
 	c->error = error;
-	c->response_last_ns = bpf_ktime_get_ns();
+	c->connect_end_ns = bpf_ktime_get_ns();
 	emit(c, &c->request, END_CONNECT_FAILED, PROTOCOL_TCP);
 }
 

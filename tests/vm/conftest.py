@@ -180,7 +180,7 @@ class Agent:
 
 
 def spans_with(spans: list[Json], token: str) -> list[Json]:
-    return [span for span in spans if token in span["tags"]["http.url"]]
+    return [span for span in spans if token in span["tags"].get("http.url", "")]
 
 
 def wait_for(
