@@ -77,7 +77,7 @@ def find_connections(netns: frozenset[int] | None) -> list[Connection]:
     """
     pids = processes.by_netns()
     names = ServiceNames()
-    found = (names.select("*") | pids.keys()) - {processes.own_netns()}
+    found = (names.select(["*"]) | pids.keys()) - {processes.own_netns()}
     return [
         connection
         for inode in (found if netns is None else found & netns)

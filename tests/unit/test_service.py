@@ -245,6 +245,14 @@ def test_settings_reach_the_tracer():
     assert tracer.selected == []
 
 
+def test_settings_reach_the_spans(tmp_path):
+    out = tmp_path / "spans"
+    argv = ["--json", str(out), "--tags", "otel", "--max-path", "4", "--no-query"]
+    run(settings(*argv), FakeTracer(finish(target=b"/path"), finish(target=b"/?q")))
+    urls = [span["tags"]["url.full"] for span in read(out)]
+    assert urls == ["http://details:9080/pat", "http://details:9080/"]
+
+
 def test_namespaces_that_come_and_go_are_selected(tmp_path, monkeypatch):
     monkeypatch.setattr(service, "SELECT_S", 0.01)
     names = ServiceNames(tmp_path)
