@@ -26,7 +26,7 @@ import pytest
 
 KPROBES = Path("/sys/bus/event_source/devices/kprobe/type")
 CLONE_NEWNET = 0x40000000
-DEADLINE_S = 120.0  # emulation is slow; nothing waits that long but a failure
+DEADLINE_S = 300.0  # emulation is slow; nothing waits that long but a failure
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _serial = count(1)
@@ -119,7 +119,7 @@ class Agent:
     taken: int = 0
     spans: list[Json] = field(default_factory=list)
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
         if self.process is not None and self.process.poll() is None:
             return
         ready = self.folder / "ready"
@@ -129,7 +129,7 @@ class Agent:
         self.spans.clear()
         command = [str(Path(sys.executable).with_name("podspan")), "agent"]
         command += ["--netns", "podspan-vm-*", "--json", str(self.output)]
-        command += ["--ready-file", str(ready)]
+        command += ["--ready-file", str(ready), *options]
         with (self.folder / "agent.log").open("a") as log:
             self.process = subprocess.Popen(command, stderr=log, text=True)
         wait_for(ready.exists, "the agent is ready", self.process)
