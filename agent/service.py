@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from io import TextIOWrapper
@@ -35,7 +35,10 @@ from podspan.agent.export import Exporter
 from podspan.agent.export.jsonl import JsonLinesExporter
 from podspan.agent.export.tree import TreeExporter
 from podspan.agent.export.zipkin import ZipkinExporter
+from podspan.agent.pods.kubernetes import cluster_of
 from podspan.agent.pods.names import ServiceNames
+from podspan.agent.pods.node import NodePods
+from podspan.agent.pods.pod import Pod
 from podspan.agent.span import Span, span_of
 from podspan.agent.tree import WIDTH
 
@@ -108,7 +111,8 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_signals())
         exporters = _Exporters(stack, config)
-        names = ServiceNames()
+        pods_by_netns = _pods_by_netns(stack)
+        names = ServiceNames(pods_by_netns=pods_by_netns)
         clock = Clock()
         sink = Sink(names, clock, exporters)
         selection = Selection(names, config.netns)
@@ -152,6 +156,19 @@ def _loop(
     # What finished before the signal is in the ring still.
     tracer.poll(0)
     sink.hand_over()
+
+
+def _pods_by_netns(stack: ExitStack) -> Callable[[], Mapping[int, Pod]]:
+    """Return what tells this node's pods, until `stack` is closed; outside of one none.
+
+    The answer is of this moment; asking takes no time.
+    """
+    cluster = cluster_of(os.environ)
+    if cluster is None:
+        return dict
+    pods = NodePods(cluster)
+    stack.callback(pods.close)
+    return pods.by_netns
 
 
 class Sink:
