@@ -38,7 +38,10 @@ from podspan.agent.export.zipkin import ZipkinExporter
 from podspan.agent.kernel.enrol import Enrolment
 from podspan.agent.kernel.options import Options
 from podspan.agent.kernel.state import Inherited
+from podspan.agent.pods.kubernetes import cluster_of
 from podspan.agent.pods.names import ServiceNames
+from podspan.agent.pods.node import NodePods
+from podspan.agent.pods.pod import Pod
 from podspan.agent.pods.runtimes import GoProcesses
 from podspan.agent.span import Span, SpanOptions, span_of
 from podspan.agent.tree import WIDTH
@@ -122,7 +125,8 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_signals())
         exporters = _Exporters(stack, config)
-        names = ServiceNames()
+        pods_by_netns = _pods_by_netns(stack)
+        names = ServiceNames(pods_by_netns=pods_by_netns)
         clock = Clock()
         options = SpanOptions(config.tags, config.max_path, not config.no_query)
         sink = Sink(names, clock, exporters, options)
@@ -148,6 +152,7 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
             Periodic(HEARTBEAT_S, tracer.heartbeat),
             Periodic(EXPORT_TICK_S, exporters.tick),
             Periodic(SELECT_S, lambda: selection.follow(tracer.select)),
+            Periodic(SELECT_S, lambda: tracer.set_sampling(_rates(pods_by_netns()))),
             Periodic(ROAMING_S, lambda: roaming.look(selection.netns)),
             Periodic(CLOCK_S, clock.refresh),
             Periodic(LOSSES_S, losses.report),
@@ -174,6 +179,26 @@ def _loop(
     # What finished before the signal is in the ring still.
     tracer.poll(0)
     sink.hand_over()
+
+
+def _pods_by_netns(stack: ExitStack) -> Callable[[], Mapping[int, Pod]]:
+    """Return what tells this node's pods, until `stack` is closed; outside of one none.
+
+    The answer is of this moment; asking takes no time.
+    """
+    cluster = cluster_of(os.environ)
+    if cluster is None:
+        return dict
+    pods = NodePods(cluster)
+    stack.callback(pods.close)
+    return pods.by_netns
+
+
+def _rates(pods: Mapping[int, Pod]) -> dict[int, float]:
+    """Return the sampling rates that pods have of their own, by namespace."""
+    return {
+        netns: pod.sampling for netns, pod in pods.items() if pod.sampling is not None
+    }
 
 
 class Sink:

@@ -1,8 +1,8 @@
 """Name the service behind a network namespace.
 
-The kernel knows a namespace by its inode; `ip netns` and the container runtimes keep
-a name for each under /run/netns, as a bind mount of that inode. What has no name
-there goes by its program's (comm).
+The kernel knows a namespace by its inode. Where that is a pod's, the service is the
+pod's. Else `ip netns` and the container runtimes keep a name for each under /run/netns,
+as a bind mount of that inode. What has no name there goes by its program's (comm).
 
 No netlink: a directory read and a stat(2) per entry tell all, and spare the agent the
 memory of a netlink library.
@@ -11,9 +11,11 @@ memory of a netlink library.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from podspan.agent.pods.pod import Pod
 
 NETNS_DIRECTORY = Path("/run/netns")
 
@@ -31,7 +33,9 @@ class ServiceNames:
         self,
         directory: Path = NETNS_DIRECTORY,
         monotonic_s: Callable[[], float] = time.monotonic,
+        pods_by_netns: Callable[[], Mapping[int, Pod]] = dict,
     ) -> None:
+        self._pods_by_netns = pods_by_netns
         self._directory = directory
         self._monotonic_s = monotonic_s
         self._names: dict[int, str] = {}
@@ -39,6 +43,9 @@ class ServiceNames:
 
     def name(self, netns: int, comm: str) -> str:
         """Return the service that lives in a namespace; by default `comm`."""
+        pod = self._pods_by_netns().get(netns)
+        if pod is not None:
+            return pod.service
         name = self._names.get(netns)
         if name is None and self._monotonic_s() - self._read_at_s >= REFRESH_S:
             self.refresh()

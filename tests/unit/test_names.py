@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 from podspan.agent.pods.names import REFRESH_S, ServiceNames
+from unit.api_server import pod
+from unit.test_pod import kept
 
 OWN_NETNS = Path("/proc/self/ns/net")
 OTHER_NSFS = Path("/proc/self/ns/uts")
@@ -79,6 +81,18 @@ def test_selection_by_patterns(directory, own, other):
     assert names.select(["cni-*"]) == {own}
     assert names.select(["cni-*", "d?"]) == {own, other}
     assert names.select(["CNI-*", "x"]) == frozenset()
+
+
+def test_a_pods_namespace_has_the_pods_service_while_it_is_known(directory, own, other):
+    add(directory, "cni-1")
+    add(directory, "cni-2", OTHER_NSFS)
+    pods = {own: kept(pod("web", namespace="shop", labels={"app": "reviews"}))}
+    names = ServiceNames(directory, pods_by_netns=lambda: pods)
+    assert names.name(own, "python3") == "reviews.shop"
+    assert names.name(other, "python3") == "cni-2"
+    pods = {}
+    assert names.name(own, "python3") == "cni-1"
+    assert names.select(["cni-1"]) == {own}
 
 
 def test_a_file_that_is_no_namespace_is_none(directory):

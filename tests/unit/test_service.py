@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +31,11 @@ from podspan.agent.service import HEARTBEAT_S, Losses, Periodic, run
 from unit.kernel_struct import exchange_record
 
 OWN_NETNS = Path("/proc/self/ns/net")
+
+
+@pytest.fixture(autouse=True)
+def outside_of_a_cluster(monkeypatch):
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
 
 
 def settings(*argv):
@@ -256,7 +262,7 @@ def test_settings_reach_the_spans(tmp_path):
 def test_namespaces_that_come_and_go_are_selected(tmp_path, monkeypatch):
     monkeypatch.setattr(service, "SELECT_S", 0.01)
     names = ServiceNames(tmp_path)
-    monkeypatch.setattr("podspan.agent.service.ServiceNames", lambda: names)
+    monkeypatch.setattr("podspan.agent.service.ServiceNames", lambda **_: names)
     own = OWN_NETNS.stat().st_ino
     tracer = FakeTracer(
         lambda _: (tmp_path / "cni-1").symlink_to(OWN_NETNS),
@@ -271,12 +277,32 @@ def test_namespaces_that_come_and_go_are_selected(tmp_path, monkeypatch):
 def test_the_namespaces_name_is_the_service(tmp_path, monkeypatch):
     (tmp_path / "reviews").symlink_to(OWN_NETNS)
     names = ServiceNames(tmp_path)
-    monkeypatch.setattr("podspan.agent.service.ServiceNames", lambda: names)
+    monkeypatch.setattr("podspan.agent.service.ServiceNames", lambda **_: names)
     out = tmp_path / "spans"
     tracer = FakeTracer(finish(netns=OWN_NETNS.stat().st_ino), finish(netns=1))
     run(settings("--json", str(out)), tracer)
     services = [span["localEndpoint"]["serviceName"] for span in read(out)]
     assert services == ["reviews", "productpage"]
+
+
+def test_in_a_cluster_that_is_away_the_agent_traces_and_says_so(
+    caplog, tmp_path, monkeypatch
+):
+    with socket.socket() as taken:  # and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setenv("NODE_NAME", "node1")
+        out = tmp_path / "spans"
+        tracer = FakeTracer(
+            finish(), until(lambda _: "does not tell us of pods" in caplog.text)
+        )
+        assert run(settings("--json", str(out)), tracer) == 0
+    assert [span["localEndpoint"]["serviceName"] for span in read(out)] == [
+        "productpage"
+    ]
+    left = {thread.name for thread in threading.enumerate()}
+    assert not left & {"podspan-pods", "podspan-netns"}
 
 
 def test_version_and_configuration_are_logged_first(caplog):
