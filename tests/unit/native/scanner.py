@@ -98,17 +98,17 @@ def lookup_tables(source: str) -> bytes:
 class Native:
     """One build of scanner.h with its tables."""
 
-    def __init__(self, folder: Path, source: str = SOURCE) -> None:
-        """Build into `folder`."""
+    def __init__(
+        self, folder: Path, source: str = SOURCE, harness: Path = HERE / "harness.c"
+    ) -> None:
+        """Build into `folder`; another `harness` includes harness.c."""
         (folder / "scanner.h").write_text(source)
         built = folder / "harness.so"
-        includes = [f"-I{folder}", f"-I{BPF}", f"-I{BPF / 'headers' / 'include'}"]
-        harness = str(HERE / "harness.c")
-        subprocess.run(
-            ["gcc", *FLAGS, *includes, "-shared", "-fPIC", harness, "-o", str(built)],
-            check=True,
-        )
-        self._grammar = lookup_tables(source)
+        places = [folder, HERE, BPF, BPF / "headers" / "include"]
+        includes = [f"-I{place}" for place in places]
+        output = ["-shared", "-fPIC", str(harness), "-o", str(built)]
+        subprocess.run(["gcc", *FLAGS, *includes, *output], check=True)
+        self.tables = lookup_tables(source)
         self._states = {
             number: name.removeprefix("SCAN_")
             for name, number in grammar.enumerators(source, "scan_state").items()
@@ -125,7 +125,7 @@ class Native:
     def with_tables(self, tables: bytes) -> Self:
         """The same build with other tables."""
         other = copy(self)
-        other._grammar = tables
+        other.tables = tables
         return other
 
     def scan(
@@ -163,7 +163,7 @@ class Native:
         return cut
 
     def _open(self, is_response: bool, after_head: bool) -> None:
-        self.lib.open_stream(self._stream, self._grammar, is_response, after_head)
+        self.lib.open_stream(self._stream, self.tables, is_response, after_head)
 
     def _verdict(self, is_response: bool) -> Verdict:
         lib, stream = self.lib, self._stream
