@@ -8,13 +8,16 @@ MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 READY := .venv/.ready
 KERNELS ?= 6.1 6.12
+CASES ?= 1000000
+SEED ?= 1
 ARGS ?=
 
-.PHONY: help demo test check format lint test-unit test-netns test-vm setup clean
+.PHONY: help demo test check format lint test-unit fuzz test-netns test-vm setup clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo 'ARGS="..." goes to pytest, KERNELS="6.1 ..." chooses for test-vm'
+	echo 'CASES=... and SEED=... are for fuzz'
 
 demo: $(READY) ## trace four services and print the trace
 	@if [ -e /sys/bus/event_source/devices/kprobe/type ]; then
@@ -24,10 +27,10 @@ demo: $(READY) ## trace four services and print the trace
 	exec vagrant/vm run -- $(BIN)/podspan demo
 
 # Every tier runs, also after one that failed, and says its own summary.
-test: $(READY) ## everything: lint, unit, netns, VM
+test: $(READY) ## everything: lint, unit, fuzz, netns, VM
 	@trap 'exit 130' INT TERM
 	failed=
-	for tier in lint test-unit test-netns test-vm; do
+	for tier in lint test-unit fuzz test-netns test-vm; do
 		echo "== $$tier"
 		$(MAKE) $$tier || failed+=" $$tier"
 	done
@@ -47,6 +50,9 @@ format: $(READY) ## put the Python into its form
 
 test-unit: $(READY) ## no privilege
 	@$(BIN)/pytest tests/unit $(ARGS)
+
+fuzz: $(READY) ## CASES streams through the scanner and its reference, from SEED
+	@$(BIN)/pytest tests/fuzz --cases='$(CASES)' --seed='$(SEED)' $(ARGS)
 
 test-netns: $(READY) ## root, this kernel
 	@$(BIN)/pytest tests/netns $(ARGS)

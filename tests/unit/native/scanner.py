@@ -101,19 +101,21 @@ class Native:
     """One build of scanner.h and b3.h with their tables."""
 
     def __init__(
-        self, folder: Path, source: str = SOURCE, b3_source: str = B3_SOURCE
+        self,
+        folder: Path,
+        source: str = SOURCE,
+        b3_source: str = B3_SOURCE,
+        harness: Path = HERE / "harness.c",
     ) -> None:
-        """Build into `folder`."""
+        """Build into `folder`; another `harness` includes harness.c."""
         (folder / "scanner.h").write_text(source)
         (folder / "b3.h").write_text(b3_source)
         built = folder / "harness.so"
-        includes = [f"-I{folder}", f"-I{BPF}", f"-I{BPF / 'headers' / 'include'}"]
-        harness = str(HERE / "harness.c")
-        subprocess.run(
-            ["gcc", *FLAGS, *includes, "-shared", "-fPIC", harness, "-o", str(built)],
-            check=True,
-        )
-        self._grammar = lookup_tables(source)
+        places = [folder, HERE, BPF, BPF / "headers" / "include"]
+        includes = [f"-I{place}" for place in places]
+        output = ["-shared", "-fPIC", str(harness), "-o", str(built)]
+        subprocess.run(["gcc", *FLAGS, *includes, *output], check=True)
+        self.tables = lookup_tables(source)
         self._states = {
             number: name.removeprefix("SCAN_")
             for name, number in grammar.enumerators(source, "scan_state").items()
@@ -130,7 +132,7 @@ class Native:
     def with_tables(self, tables: bytes) -> Self:
         """The same build with other tables."""
         other = copy(self)
-        other._grammar = tables
+        other.tables = tables
         return other
 
     def scan(
@@ -170,12 +172,12 @@ class Native:
     def read_context(self, head: bytes) -> bytes | None:
         """`struct head_context` of the request head; None where it is none."""
         context = ctypes.create_string_buffer(b"\xff" * CONTEXT_SIZE, CONTEXT_SIZE)
-        if not self.lib.b3_read_context(context, self._grammar, head, len(head)):
+        if not self.lib.b3_read_context(context, self.tables, head, len(head)):
             return None
         return context.raw
 
     def _open(self, is_response: bool, after_head: bool) -> None:
-        self.lib.open_stream(self._stream, self._grammar, is_response, after_head)
+        self.lib.open_stream(self._stream, self.tables, is_response, after_head)
 
     def _verdict(self, is_response: bool) -> Verdict:
         lib, stream = self.lib, self._stream
