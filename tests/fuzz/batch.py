@@ -31,7 +31,7 @@ _END = struct.Struct("<BBQ")
 
 def build(folder: Path, source: str = SOURCE) -> Native:
     """The scanner with batch.c around it, built into `folder`."""
-    native = Native(folder, source, HARNESS)
+    native = Native(folder, source, harness=HARNESS)
     native.lib.first_difference.restype = ctypes.c_ulonglong
     native.lib.first_difference.argtypes = [
         ctypes.POINTER(_RawBatch),
