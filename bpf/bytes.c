@@ -392,8 +392,9 @@ int bytes_head(struct pt_regs *ctx)
 		response_head(c, w->left, w->thread, w->now_ns);
 	} else {
 		remember_thread(&c->request, w->thread);
+		keep_request(c, &h);
 		if (c->role == ROLE_SERVER)
-			server_context(c);
+			server_context(c, &h);
 		else
 			client_context(c, &h);
 		scan_body(s, 0);

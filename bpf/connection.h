@@ -189,7 +189,7 @@ static inline void remember_thread(struct request *r, u64 thread)
 	KERNEL_READ(r->comm, task, task_struct, comm);
 }
 
-/* One record for the agent. TCP: `sent` and `received` are the bytes. */
+/* One record for the agent. */
 static inline void emit(struct connection *c, struct request *q, u8 end, u8 protocol)
 {
 	struct exchange_record *r;
@@ -235,10 +235,9 @@ static inline void emit(struct connection *c, struct request *q, u8 end, u8 prot
 	__builtin_memset(r->reserved, 0, sizeof(r->reserved));
 	__builtin_memcpy(r->local_addr, c->local_addr, sizeof(r->local_addr));
 	__builtin_memcpy(r->peer_addr, c->peer_addr, sizeof(r->peer_addr));
-	if (protocol == PROTOCOL_HTTP)
-		__builtin_memcpy(r->method, &q->text, TEXT_AT(trace_id));
-	else
-		__builtin_memset(r->method, 0, TEXT_AT(trace_id));
+	/* By helper: as instructions, in each place where an exchange can end, these copies
+	 * would be most of what clang compiles. */
+	bpf_probe_read_kernel(r->method, TEXT_AT(trace_id), &q->text);
 	__builtin_memcpy(r->comm, q->comm, sizeof(r->comm));
 	exchanges.ringbuf_submit(r, NO_WAKEUP);
 	c->retransmits = retransmits;
@@ -275,6 +274,15 @@ static inline void response_forgotten(struct connection *c)
 	c->response_first_ns = 0;
 	c->response_bytes = 0;
 	c->status = 0;
+}
+
+static inline void forget_text(struct request *q)
+{
+	u32 zero = 0;
+	struct connection *empty = no_connection.lookup(&zero);
+
+	if (empty)
+		bpf_probe_read_kernel(&q->text, sizeof(q->text), &empty->request.text);
 }
 
 /* No thread serves this request any longer. */

@@ -136,7 +136,6 @@ static inline void client_context(struct connection *c, struct head_context *h)
 	struct request *q = &c->request, *served;
 	u64 parent_id;
 
-	keep_request(c, h);
 	if (h->has_ids) {
 		q->trace_id_high = h->trace_id_high;
 		q->trace_id_low = h->trace_id_low;
@@ -172,38 +171,36 @@ static inline void client_context(struct connection *c, struct head_context *h)
 
 /* A request's head has reached this end: its context, as a server's, and the
  * thread's. */
-static inline void server_context(struct connection *c)
+static inline void server_context(struct connection *c, struct head_context *h)
 {
 	struct request *q = &c->request;
 	struct serving *old, new = {};
-	struct head_context h = {};
 	u64 thread = q->thread;
 	struct connection *other;
 	u64 sock;
 
-	keep_request(c, &h);
-	if (h.has_ids) {
-		q->trace_id_high = h.trace_id_high;
-		q->trace_id_low = h.trace_id_low;
+	if (h->has_ids) {
+		q->trace_id_high = h->trace_id_high;
+		q->trace_id_low = h->trace_id_low;
 		q->link = LINK_HEADER;
-		q->flags = decide(&h, c->netns, q->trace_id_low);
+		q->flags = decide(h, c->netns, q->trace_id_low);
 #if SPAN_IDS_CHILD
 		struct received received = {};
 		u8 yes = 1;
 
-		received.span_id = h.span_id;
+		received.span_id = h->span_id;
 		received.netns = c->netns;
 		received_ids.update(&received, &yes);
-		q->parent_id = h.span_id;
-		q->span_id = derive_id(h.span_id);
+		q->parent_id = h->span_id;
+		q->span_id = derive_id(h->span_id);
 #else
-		q->parent_id = h.parent_id;
-		q->span_id = h.span_id;
+		q->parent_id = h->parent_id;
+		q->span_id = h->span_id;
 		q->flags |= FLAG_SHARED;
 #endif
 	} else {
 		new_root(q);
-		q->flags = decide(&h, c->netns, q->trace_id_low);
+		q->flags = decide(h, c->netns, q->trace_id_low);
 	}
 	new.sock = c->sock;
 	new.span_id = q->span_id;

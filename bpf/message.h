@@ -171,13 +171,14 @@ static inline int message_begins(struct connection *c, int is_response, u64 now)
 			finish(c, END_NEXT_REQUEST);
 			scan_next(&c->scan[RESPONSE]);
 		}
-		if (c->open && !park(c)) {
+		/* An old connection whose requests seem to run ahead is out of step. */
+		if (c->open && (c->old || !park(c))) {
 			forsake(c, LOSS_PIPELINED);
 			return 0;
 		}
 		q->first_ns = now;
 		q->bytes = 0;
-		__builtin_memset(&q->text, 0, sizeof(q->text));
+		forget_text(q);
 	}
 	q->last_ns = now;
 	return 1;

@@ -377,6 +377,7 @@ int request_inject(struct sk_msg_md *msg)
 		return SK_PASS;
 	}
 	remember_thread(q, bpf_get_current_pid_tgid());
+	keep_request(c, &h);
 	client_context(c, &h);
 	head_end = c->message_at;	/* one past the head, in this message */
 
@@ -440,7 +441,18 @@ static inline void prepare_texts(struct connection *c)
 		c->cursor = at + (size);                                               \
 	} while (0)
 
-#define COPY(to, from, size) __builtin_memcpy(to, from, size)
+/* A packet's bytes are not aligned; clang would copy them one by one. */
+static inline void copy(u8 *to, const u8 *from, u32 size)
+{
+	u32 i;
+
+#pragma clang loop unroll(full)
+	for (i = 0; i + 8 <= size; i += 8)
+		*(u64 *)(to + i) = *(u64 *)(from + i);
+#pragma clang loop unroll(full)
+	for (; i < size; i++)
+		to[i] = from[i];
+}
 
 /* Where a header's value, or name, lies in the message: checked for `size` bytes. */
 #define PLACE_OR(failed, position, size)                                               \
@@ -493,50 +505,50 @@ int request_insert(struct sk_msg_md *msg)
 	barrier();
 	if (c->insert & INSERT_REQUEST_ID) {
 		LINE_OR(undo, LINE_REQUEST_ID);
-		COPY(p, t->request_id, LINE_REQUEST_ID);
-		COPY(p + 14, q->text.request_id, 36);
+		copy(p, t->request_id, LINE_REQUEST_ID);
+		copy(p + 14, q->text.request_id, 36);
 	}
 	barrier();
 	if (c->insert & INSERT_TRACE_ID) {
 		LINE_OR(undo, LINE_TRACE_ID);
-		COPY(p, t->trace_id, LINE_TRACE_ID);
-		COPY(p + 14, hex + HEX_TRACE_ID, 32);
+		copy(p, t->trace_id, LINE_TRACE_ID);
+		copy(p + 14, hex + HEX_TRACE_ID, 32);
 	}
 	barrier();
 	if (c->insert & INSERT_SHORT_TRACE_ID) {
 		LINE_OR(undo, LINE_SHORT_TRACE_ID);
-		COPY(p, t->short_trace_id, LINE_SHORT_TRACE_ID);
-		COPY(p + 14, hex + HEX_TRACE_ID + 16, 16);
+		copy(p, t->short_trace_id, LINE_SHORT_TRACE_ID);
+		copy(p + 14, hex + HEX_TRACE_ID + 16, 16);
 	}
 	barrier();
 	if (c->insert & INSERT_SPAN_ID) {
 		LINE_OR(undo, LINE_SPAN_ID);
-		COPY(p, t->span_id, LINE_SPAN_ID);
-		COPY(p + 13, hex + HEX_SPAN_ID, 16);
+		copy(p, t->span_id, LINE_SPAN_ID);
+		copy(p + 13, hex + HEX_SPAN_ID, 16);
 	}
 	barrier();
 	if (c->insert & INSERT_PARENT_ID) {
 		LINE_OR(undo, LINE_PARENT_ID);
-		COPY(p, t->parent_id, LINE_PARENT_ID);
-		COPY(p + 19, hex + HEX_PARENT_ID, 16);
+		copy(p, t->parent_id, LINE_PARENT_ID);
+		copy(p + 19, hex + HEX_PARENT_ID, 16);
 	}
 	barrier();
 	if (c->insert & INSERT_SAMPLED) {
 		LINE_OR(undo, LINE_SAMPLED);
-		COPY(p, t->sampled, LINE_SAMPLED);
+		copy(p, t->sampled, LINE_SAMPLED);
 		p[14] = sampled;
 	}
 	barrier();
 	if (c->insert & INSERT_FLAGS) {
 		LINE_OR(undo, LINE_FLAGS);
-		COPY(p, t->flags, LINE_FLAGS);
+		copy(p, t->flags, LINE_FLAGS);
 	}
 	barrier();
 	if (c->insert & INSERT_B3) {
 		LINE_OR(undo, LINE_B3_IDS);
-		COPY(p, t->b3, LINE_B3_IDS);
-		COPY(p + 4, hex + HEX_TRACE_ID, 32);
-		COPY(p + 37, hex + HEX_SPAN_ID, 16);
+		copy(p, t->b3, LINE_B3_IDS);
+		copy(p + 4, hex + HEX_TRACE_ID, 32);
+		copy(p + 37, hex + HEX_SPAN_ID, 16);
 		barrier();
 		if (c->insert & INSERT_B3_DECISION) {
 			LINE_OR(undo, LINE_B3_DECISION);
@@ -547,7 +559,7 @@ int request_insert(struct sk_msg_md *msg)
 		if (c->insert & INSERT_B3_PARENT) {
 			LINE_OR(undo, LINE_B3_PARENT);
 			p[0] = '-';
-			COPY(p + 1, hex + HEX_PARENT_ID, 16);
+			copy(p + 1, hex + HEX_PARENT_ID, 16);
 		}
 		barrier();
 		LINE_OR(undo, 2);
@@ -557,9 +569,9 @@ int request_insert(struct sk_msg_md *msg)
 	barrier();
 	if (c->insert & INSERT_TRACEPARENT) {
 		LINE_OR(undo, LINE_TRACEPARENT);
-		COPY(p, t->traceparent, LINE_TRACEPARENT);
-		COPY(p + 16, hex + HEX_TRACE_ID, 32);
-		COPY(p + 49, hex + HEX_SPAN_ID, 16);
+		copy(p, t->traceparent, LINE_TRACEPARENT);
+		copy(p + 16, hex + HEX_TRACE_ID, 32);
+		copy(p + 49, hex + HEX_SPAN_ID, 16);
 		p[67] = sampled;
 	}
 	barrier();
@@ -568,21 +580,21 @@ int request_insert(struct sk_msg_md *msg)
 	if (c->write & BIT(HEADER_TRACE_ID)) {
 		if (s->length_of[HEADER_TRACE_ID] == 32) {
 			PLACE_OR(written, s->at_of[HEADER_TRACE_ID], 32);
-			COPY(p, hex + HEX_TRACE_ID, 32);
+			copy(p, hex + HEX_TRACE_ID, 32);
 		} else {
 			PLACE_OR(written, s->at_of[HEADER_TRACE_ID], 16);
-			COPY(p, hex + HEX_TRACE_ID + 16, 16);
+			copy(p, hex + HEX_TRACE_ID + 16, 16);
 		}
 	}
 	barrier();
 	if (c->write & BIT(HEADER_SPAN_ID)) {
 		PLACE_OR(written, s->at_of[HEADER_SPAN_ID], 16);
-		COPY(p, hex + HEX_SPAN_ID, 16);
+		copy(p, hex + HEX_SPAN_ID, 16);
 	}
 	barrier();
 	if (c->write & BIT(HEADER_PARENT_ID)) {
 		PLACE_OR(written, s->at_of[HEADER_PARENT_ID], 16);
-		COPY(p, hex + HEX_PARENT_ID, 16);
+		copy(p, hex + HEX_PARENT_ID, 16);
 	}
 	barrier();
 	if (c->write & BIT(HEADER_SAMPLED)) {
@@ -600,16 +612,16 @@ int request_insert(struct sk_msg_md *msg)
 		barrier();
 		if (c->b3_form & B3_LONG) {
 			PLACE_OR(written, c->cursor, 32);
-			COPY(p, hex + HEX_TRACE_ID, 32);
+			copy(p, hex + HEX_TRACE_ID, 32);
 			c->cursor += 33;
 		} else {
 			PLACE_OR(written, c->cursor, 16);
-			COPY(p, hex + HEX_TRACE_ID + 16, 16);
+			copy(p, hex + HEX_TRACE_ID + 16, 16);
 			c->cursor += 17;
 		}
 		barrier();
 		PLACE_OR(written, c->cursor, 16);
-		COPY(p, hex + HEX_SPAN_ID, 16);
+		copy(p, hex + HEX_SPAN_ID, 16);
 		if (c->b3_form & B3_DECIDED) {
 			PLACE_OR(written, c->cursor + 17, 1);
 			p[0] = debug ? 'd' : sampled;
@@ -617,14 +629,14 @@ int request_insert(struct sk_msg_md *msg)
 		barrier();
 		if (c->b3_form & B3_PARENT) {
 			PLACE_OR(written, c->cursor + 19, 16);
-			COPY(p, hex + HEX_PARENT_ID, 16);
+			copy(p, hex + HEX_PARENT_ID, 16);
 		}
 	}
 	barrier();
 	if (c->write & BIT(HEADER_TRACEPARENT)) {
 		PLACE_OR(written, s->at_of[HEADER_TRACEPARENT], 55);
-		COPY(p + 3, hex + HEX_TRACE_ID, 32);
-		COPY(p + 36, hex + HEX_SPAN_ID, 16);
+		copy(p + 3, hex + HEX_TRACE_ID, 32);
+		copy(p + 36, hex + HEX_SPAN_ID, 16);
 		/* The lowest bit of the flags; the others stay. */
 		nibble = hex_value(p[54], &bad) & 14;
 		p[54] = hex_digit(nibble | (sampled & 1));

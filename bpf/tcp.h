@@ -28,7 +28,7 @@ static inline void tcp_begins(struct connection *c, u64 thread, u64 now)
 
 	c->tcp = TCP_YES;
 	c->part_since_ns = now;
-	__builtin_memset(&q->text, 0, sizeof(q->text));
+	forget_text(q);
 	remember_thread(q, thread);
 	if (c->role == ROLE_CLIENT && child_of_served(q, thread))
 		return;
@@ -52,7 +52,7 @@ static inline void tunnel_begins(struct connection *c, u64 left, u64 now)
 		c->sent_before -= left;
 	else
 		c->received_before -= left;
-	__builtin_memset(&q->text, 0, sizeof(q->text));
+	forget_text(q);
 	q->parent_id = caller;
 	q->span_id = derive_id(~caller);
 	if (SPAN_IDS_CHILD && c->role == ROLE_SERVER) {

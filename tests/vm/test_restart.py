@@ -1,5 +1,6 @@
 """Connections that are older than the agent: made before it, or under another one."""
 
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,6 @@ from vm.conftest import (
     Agent,
     Request,
     Server,
-    connected,
     fetch,
     head_of,
     read_response,
@@ -67,7 +67,11 @@ def calling(server: Server) -> Iterator[Caller]:
 
 
 def test_connections_older_than_the_agent(agent: Agent) -> None:
-    """Observed at once; headers are written once an exchange was seen whole."""
+    """Observed at once; headers are written once an exchange was seen whole.
+
+    Where a thread waited in recv(2) already when the agent came, what that call reads
+    cannot be seen: the server's first exchange here.
+    """
     agent.stop()
     with serving(FRONT) as server, calling(server) as caller:
         assert caller.call("/before-the-agent/1") == "HTTP/1.1 200 OK"
@@ -76,9 +80,10 @@ def test_connections_older_than_the_agent(agent: Agent) -> None:
             assert caller.call(f"/old/{i}") == "HTTP/1.1 200 OK"
         spans = agent.spans_of("/old/", server)
     halves = sorted((s["tags"]["http.url"][-1], s["kind"]) for s in spans)
-    assert halves == [
-        (str(i), kind) for i in range(1, 5) for kind in ("CLIENT", "SERVER")
-    ]
+    kinds = ("CLIENT", "SERVER")
+    expected = [(n, kind) for n in "1234" for kind in kinds]
+    expected.remove(("1", "SERVER"))
+    assert halves == expected
     written = {
         r.path[-1]: r.headers.get("x-b3-spanid")
         for r in server.requests
@@ -118,6 +123,16 @@ def test_an_old_connection_found_in_the_middle_of_a_message(agent: Agent) -> Non
     assert "x-b3-traceid" in last[0].headers
 
 
+@contextmanager
+def lasting_connection(server: Server) -> Iterator[socket.socket]:
+    """Made in the client's pod, used from here: the agent must not start in there."""
+    with CLIENT.inside():
+        sock = socket.create_connection((server.address, server.port))
+    with sock:
+        sock.settimeout(300)
+        yield sock
+
+
 def test_a_call_under_way_keeps_its_trace_when_the_agent_is_killed_and_restarted(
     agent: Agent,
 ) -> None:
@@ -131,8 +146,7 @@ def test_a_call_under_way_keeps_its_trace_when_the_agent_is_killed_and_restarted
                 fetch(back, "/in-flight-inner/1", FRONT)
             return OK
 
-        with serving(FRONT, answer) as front, connected(front) as sock:
-            sock.settimeout(300)
+        with serving(FRONT, answer) as front, lasting_connection(front) as sock:
             sock.sendall(head_of(front, "/in-flight/1"))
             assert came.wait(60)
             agent.kill()
