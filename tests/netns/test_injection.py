@@ -2,12 +2,16 @@
 
 import errno
 import http.client
+import itertools
+import json
 import os
 import random
 import re
 import select
+import shutil
 import socket
 import struct
+import subprocess
 import tempfile
 import threading
 import time
@@ -31,7 +35,7 @@ from netns.http_peer import (
     read_all,
 )
 from netns.injection_fixtures import Injection, two_pods
-from netns.injection_model import UUID, Chosen, plan_of, with_our_headers
+from netns.injection_model import UUID, Chosen, check, plan_of, with_our_headers
 from podspan.agent.exchange import (
     FLAG_INJECTED,
     FLAG_SAMPLED,
@@ -360,13 +364,35 @@ class TestPipelining:
 
     @pytest.mark.parametrize("together", [1, 2, 7])
     def test_each_of_17_requests_gets_headers_of_its_own(self, injection, together):
-        heads = [make_head(target=b"/%d" % number) for number in range(17)]
+        heads = ([*HEADS.values()] * 6)[:17]
         pieces = [b"".join(heads[at : at + together]) for at in range(0, 17, together)]
         received = injection.send(*pieces)
         records = injection.records()
         assert received == b"".join(map(with_our_headers, heads, records))
-        assert len({record.trace_id for record in records}) == 17
+        assert len({record.span_id for record in records}) == 17
         assert injection.losses() == {}
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_however_17_requests_are_cut(self, injection, seed):
+        """Each is injected or not as if it were alone: its own last cut decides."""
+        chance = random.Random(seed)
+        heads = [chance.choice([*HEADS.values()]) for _ in range(17)]
+        stream = b"".join(heads)
+        cuts = sorted(chance.sample(range(1, len(stream)), 17 + 2 * seed))
+        edges = [0, *cuts, len(stream)]
+        received = injection.send(*(stream[a:b] for a, b in itertools.pairwise(edges)))
+        expected = b""
+        missed = start = 0
+        for head, record in zip(heads, injection.records(), strict=True):
+            end = start + len(head)
+            cut = max((at - start for at in cuts if start < at < end), default=0)
+            plan = plan_of(head, Chosen.of_record(record))
+            whole = cut <= min(plan.reach, len(head) - 2)
+            expected += with_our_headers(head, record) if whole else head
+            missed += not whole
+            start = end
+        assert received == expected
+        assert injection.losses() == ({"inject_cut": missed} if missed else {})
 
     def test_what_comes_after_17_passes_untouched(self, injection):
         heads = [make_head(target=b"/%d" % number) for number in range(20)]
@@ -607,6 +633,46 @@ class TestFullBuffers:
         check_whole(received, with_our_headers(head, injection.record()) + body, "all")
 
 
+NODE = """
+const [url, headers] = process.argv.slice(1);
+require("http").get(url, {headers: JSON.parse(headers)}, answer => {
+    answer.pipe(process.stdout);
+});
+"""
+PYTHON = """
+import json, sys, urllib.request
+url, headers = sys.argv[1:]
+request = urllib.request.Request(url, headers=json.loads(headers))
+sys.stdout.buffer.write(urllib.request.urlopen(request).read())
+"""
+
+
+def with_headers(option, headers):
+    return [f"{option}{name}: {value}" for name, value in headers.items()]
+
+
+COMMANDS = {
+    "curl": lambda url, headers: [
+        *("curl", "--silent", "--fail", "--http1.1"),
+        *(f"-H{line}" for line in with_headers("", headers)),
+        url,
+    ],
+    "wget": lambda url, headers: [
+        *("wget", "--quiet", "--output-document=-"),
+        *with_headers("--header=", headers),
+        url,
+    ],
+    "node": lambda url, headers: ["node", "-e", NODE, url, json.dumps(headers)],
+    "python3": lambda url, headers: ["python3", "-c", PYTHON, url, json.dumps(headers)],
+}
+CARRIED = {
+    "nothing": {},
+    "multi": {name.decode(): value.decode() for name, value in FORWARDED},
+    "single": {"b3": f"{TRACE_ID.decode()}-{SPAN_ID.decode()}-1"},
+    "malformed": {"X-B3-TraceId": "junk", "X-B3-Sampled": "true"},
+}
+
+
 class TestClients:
     def test_a_client_that_ends_its_sending_gets_the_answer(self, injection):
         client, server = injection.connect()
@@ -624,6 +690,32 @@ class TestClients:
     def server(self, injection):
         with EchoServer(injection.server) as server:
             yield server
+
+    @pytest.mark.parametrize("headers", CARRIED.values(), ids=CARRIED.keys())
+    @pytest.mark.parametrize("client", COMMANDS)
+    def test_what_a_client_sends_differs_by_our_headers_only(
+        self, injection, server, client, headers
+    ):
+        """The same call, of a pod that nobody traces, and of a traced one."""
+        if shutil.which(client) is None:
+            pytest.skip(f"there is no {client} here")
+        host, port = server.address
+        argv = COMMANDS[client](f"http://{host}:{port}/some/path?q", headers)
+        argv = injection.client.command(*argv)
+
+        def call():
+            done = subprocess.run(argv, capture_output=True, check=True, timeout=60)
+            return done.stdout
+
+        inode = injection.client.path.stat().st_ino
+        injection.programs.set_policy(inode, 0)
+        sent = call()
+        assert injection.records() == []
+        injection.sample(None)
+        arrived = call()
+
+        assert sent.startswith(b"GET /some/path?q HTTP/1.1\r\n")
+        check(sent, arrived, injection.records(), injection.losses())
 
     @pytest.mark.parametrize("size", [0, 100, 2000, 1_000_000])
     def test_curl(self, injection, server, tmp_path, size):
