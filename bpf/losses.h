@@ -22,7 +22,7 @@ enum loss {
 	LOSS_CONTEXT_MALFORMED,	/* B3 headers that do not parse: the caller's trace ends */
 	LOSS_INJECT_OLD,	/* a connection older than the agent, not yet known to be in step */
 	LOSS_INJECT_CUT,	/* the end of the head, or an id in it, was cut by sends */
-	LOSS_INJECT_REPEATED,	/* more B3 lines than there should be, too many to hide */
+	LOSS_INJECT_REPEATED,	/* more lines of context headers than there should be, too many to hide */
 	LOSS_INJECT_BUFFER,	/* no proof that the send buffer takes all at once */
 	LOSS_INJECT_MEMORY,	/* the kernel could not make room in the message */
 	LOSS_INJECT_DROPPED,	/* and could not undo it: the send failed */

@@ -35,6 +35,8 @@ BPF_PROG_ARRAY(request_steps, 3);
 #define LINE_B3_DECISION 2	/* "-1" */
 #define LINE_B3_PARENT 17
 #define LINE_TRACEPARENT 70
+#define TRACEPARENT_AT 13	/* its value in the line */
+#define TRACEPARENT_LENGTH 55
 
 #define HEAD_END_MAX 0x7fff	/* in the message: what precedes a head is moved with it */
 #define INSERT_MAX 384	/* all lines together, rounded up */
@@ -214,6 +216,14 @@ static inline int room_to_send(void *sk, u32 bytes)
 		barrier();                                                             \
 	} while (0)
 
+/* Who sends one form of B3 is answered in that form too: half of it, or an old one, would
+ * travel on otherwise. */
+#define MULTI_HEADERS                                                                  \
+	(BIT(HEADER_TRACE_ID) | BIT(HEADER_SPAN_ID) | BIT(HEADER_PARENT_ID) |          \
+	 BIT(HEADER_SAMPLED) | BIT(HEADER_FLAGS))
+#define WANTS_MULTI(s) (PROPAGATE_B3MULTI || (s)->seen & MULTI_HEADERS)
+#define WANTS_SINGLE(s) (PROPAGATE_B3 || HAS(s, HEADER_B3))
+
 /* The ids of the multi headers. A value of the right size is written over; any other line
  * is hidden, and a new one inserted. */
 static inline void plan_ids(struct connection *c, struct scanner *s, int as_they_are)
@@ -229,7 +239,7 @@ static inline void plan_ids(struct connection *c, struct scanner *s, int as_they
 	} else {
 		if (HAS(s, HEADER_TRACE_ID))
 			HIDE(HEADER_TRACE_ID);
-		if (!PROPAGATE_B3MULTI)
+		if (!WANTS_MULTI(s))
 			;
 		else if (q->trace_id_high)
 			INSERT(INSERT_TRACE_ID, LINE_TRACE_ID);
@@ -241,7 +251,7 @@ static inline void plan_ids(struct connection *c, struct scanner *s, int as_they
 	} else {
 		if (HAS(s, HEADER_SPAN_ID))
 			HIDE(HEADER_SPAN_ID);
-		if (PROPAGATE_B3MULTI)
+		if (WANTS_MULTI(s))
 			INSERT(INSERT_SPAN_ID, LINE_SPAN_ID);
 	}
 	if (q->parent_id && HAS(s, HEADER_PARENT_ID) &&
@@ -250,7 +260,7 @@ static inline void plan_ids(struct connection *c, struct scanner *s, int as_they
 	} else {
 		if (HAS(s, HEADER_PARENT_ID))
 			HIDE(HEADER_PARENT_ID);
-		if (q->parent_id && PROPAGATE_B3MULTI)
+		if (q->parent_id && WANTS_MULTI(s))
 			INSERT(INSERT_PARENT_ID, LINE_PARENT_ID);
 	}
 }
@@ -264,13 +274,13 @@ static inline void plan_decision(struct connection *c, struct scanner *s, int to
 	u8 sampled = q->flags & FLAG_SAMPLED ? '1' : '0';
 	u8 debug_digit = debug ? '1' : '0';
 
-	if (HAS(s, HEADER_SAMPLED) && s->length_of[HEADER_SAMPLED] == 1) {
+	if (told && HAS(s, HEADER_SAMPLED) && s->length_of[HEADER_SAMPLED] == 1) {
 		if (q->text.sampled[0] != sampled)
 			WRITE(HEADER_SAMPLED);
 	} else {
 		if (HAS(s, HEADER_SAMPLED))
 			HIDE(HEADER_SAMPLED);
-		if (PROPAGATE_B3MULTI && !debug && told)
+		if (WANTS_MULTI(s) && !debug && told)
 			INSERT(INSERT_SAMPLED, LINE_SAMPLED);
 	}
 	if (HAS(s, HEADER_FLAGS) && s->length_of[HEADER_FLAGS] == 1) {
@@ -279,7 +289,7 @@ static inline void plan_decision(struct connection *c, struct scanner *s, int to
 	} else {
 		if (HAS(s, HEADER_FLAGS))
 			HIDE(HEADER_FLAGS);
-		if (PROPAGATE_B3MULTI && debug)
+		if (WANTS_MULTI(s) && debug)
 			INSERT(INSERT_FLAGS, LINE_FLAGS);
 	}
 }
@@ -293,13 +303,13 @@ static inline void plan_singles(struct connection *c, struct scanner *s,
 	c->b3_form = (h->b3_long ? B3_LONG : 0) | (h->b3_decided ? B3_DECIDED : 0) |
 		     (h->b3_parent ? B3_PARENT : 0);
 	barrier();
-	if (HAS(s, HEADER_B3) && h->b3_ids) {
+	/* Without a place for it, the decision would be made again behind us. */
+	if (HAS(s, HEADER_B3) && h->b3_ids && (h->b3_decided || !told)) {
 		WRITE(HEADER_B3);
 	} else {
 		if (HAS(s, HEADER_B3))
 			HIDE(HEADER_B3);
-		/* Who sends the one header is answered in the one header. */
-		if (PROPAGATE_B3 || HAS(s, HEADER_B3)) {
+		if (WANTS_SINGLE(s)) {
 			INSERT(INSERT_B3, LINE_B3_IDS + 2);
 			if (told)
 				INSERT(INSERT_B3_DECISION, LINE_B3_DECISION);
@@ -309,7 +319,8 @@ static inline void plan_singles(struct connection *c, struct scanner *s,
 	}
 	if (!PROPAGATE_TRACECONTEXT)
 		return;
-	if (HAS(s, HEADER_TRACEPARENT) && h->traceparent) {
+	if (HAS(s, HEADER_TRACEPARENT) &&
+	    s->length_of[HEADER_TRACEPARENT] == TRACEPARENT_LENGTH) {
 		WRITE(HEADER_TRACEPARENT);
 	} else {
 		if (HAS(s, HEADER_TRACEPARENT))
@@ -390,7 +401,8 @@ int request_inject(struct sk_msg_md *msg)
 		INSERT(INSERT_REQUEST_ID, LINE_REQUEST_ID);
 	/* Deferring is our own decision's; the caller's is passed on. */
 	told = !UNSAMPLED_DEFER || h.decision || q->flags & FLAG_SAMPLED;
-	plan_ids(c, s, h.has_ids && !h.b3_ids && HAS(s, HEADER_TRACE_ID));
+	/* The single header beats these ids, also where it has none itself. */
+	plan_ids(c, s, h.has_ids && !HAS(s, HEADER_B3) && HAS(s, HEADER_TRACE_ID));
 	plan_decision(c, s, told);
 	plan_singles(c, s, &h, told);
 
@@ -471,8 +483,7 @@ int request_insert(struct sk_msg_md *msg)
 	struct scanner *s;
 	struct request *q;
 	u8 *data, *end, *p, *hex;
-	u8 sampled, debug, nibble;
-	u32 bad = 0;
+	u8 sampled, debug;
 
 	if (!c || !t)
 		return SK_PASS;
@@ -634,12 +645,13 @@ int request_insert(struct sk_msg_md *msg)
 	}
 	barrier();
 	if (c->write & BIT(HEADER_TRACEPARENT)) {
-		PLACE_OR(written, s->at_of[HEADER_TRACEPARENT], 55);
+		/* All of it: W3C section 3.2.4 wants the version that we know, 3.2.2.5
+		 * no other flag. */
+		PLACE_OR(written, s->at_of[HEADER_TRACEPARENT], TRACEPARENT_LENGTH);
+		copy(p, t->traceparent + TRACEPARENT_AT, TRACEPARENT_LENGTH);
 		copy(p + 3, hex + HEX_TRACE_ID, 32);
 		copy(p + 36, hex + HEX_SPAN_ID, 16);
-		/* The lowest bit of the flags; the others stay. */
-		nibble = hex_value(p[54], &bad) & 14;
-		p[54] = hex_digit(nibble | (sampled & 1));
+		p[54] = sampled;
 	}
 	for (i = HEADER_TRACE_ID; i <= HEADER_TRACEPARENT; i++) {
 		barrier();

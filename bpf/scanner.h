@@ -130,6 +130,12 @@ enum scan_header {
 };
 #define HEADERS_MASK 15
 #define AGAIN_MAX 4
+/* Of which headers further lines have to be hidden: of those that are written. */
+#if PROPAGATE_TRACECONTEXT
+#define LAST_HIDDEN HEADER_TRACEPARENT
+#else
+#define LAST_HIDDEN HEADER_B3
+#endif
 
 /* The texts of a request that are kept; longer ones are cut. */
 struct scan_text {
@@ -195,7 +201,7 @@ struct scanner {
 	u16 length_of[HEADERS_MASK + 1];	/* of each header's value, uncut */
 	u16 at_of[HEADERS_MASK + 1];		/* its place in the head; 0 where it is empty */
 	u16 name_at_of[HEADERS_MASK + 1];	/* that of its name */
-	u16 again_at[AGAIN_MAX];		/* names of further B3 lines, of requests */
+	u16 again_at[AGAIN_MAX];		/* names of their further lines, of requests */
 	u8 state;
 	u8 is_response;
 	u8 header;		/* whose value is passing */
@@ -248,7 +254,7 @@ static inline void scan_name_ends(struct scanner *s)
 	header = entry->header & HEADERS_MASK;
 	if (!entry->repeats && s->seen & (1U << header)) {
 		again = s->again;
-		if (s->is_response || header < HEADER_TRACE_ID || header > HEADER_B3)
+		if (s->is_response || header < HEADER_TRACE_ID || header > LAST_HIDDEN)
 			return;
 		if (again < AGAIN_MAX)
 			s->again_at[again & (AGAIN_MAX - 1)] = name_at;

@@ -49,43 +49,6 @@ def headers_of(head):
     return headers
 
 
-def with_our_headers(head, exchange):
-    """Return `head` as it must arrive: a model of bpf/request.c, from the record."""
-    own = headers_of(head)
-    ours = []
-    if b"x-request-id" not in own:
-        ours.append(b"x-request-id: " + exchange.request_id.encode())
-    if b"x-b3-traceid" not in own:
-        ours.append(b"x-b3-traceid: %032x" % exchange.trace_id)
-        ours.append(b"x-b3-spanid: %016x" % exchange.span_id)
-    else:
-        head = with_value(head, b"x-b3-spanid", b"%016x" % exchange.span_id)
-        head = with_value(head, b"x-b3-parentspanid", b"%016x" % exchange.parent_id)
-    if exchange.parent_id and b"x-b3-parentspanid" not in own:
-        ours.append(b"x-b3-parentspanid: %016x" % exchange.parent_id)
-    if b"x-b3-sampled" not in own and own.get(b"x-b3-flags") != b"1":
-        ours.append(b"x-b3-sampled: %d" % exchange.sampled)
-    assert head.endswith(b"\r\n\r\n")
-    return head[:-2] + b"".join(line + b"\r\n" for line in ours) + b"\r\n"
-
-
-def with_value(head, name, value):
-    """Return `head` with the value of the first header of this name replaced."""
-    at = head.lower().find(b"\r\n" + name + b":")
-    if at < 0:
-        return head
-    start = head.index(b":", at) + 1
-    while head[start : start + 1] in b" \t":
-        start += 1
-    return head[:start] + value + head[start + len(value) :]
-
-
-def value_at(head, name):
-    """Return where the value of the first header of this name begins, None without."""
-    at = head.lower().find(b"\r\n" + name + b": ")
-    return None if at < 0 else at + 2 + len(name) + 2
-
-
 def chunked(body, size=32768):
     parts = [body[at : at + size] for at in range(0, len(body), size)]
     return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + (

@@ -1,12 +1,17 @@
 """Headers written by the kernel into requests, byte by byte as the server gets them."""
 
+import errno
 import http.client
+import itertools
+import json
 import os
 import random
 import re
 import select
+import shutil
 import socket
 import struct
+import subprocess
 import tempfile
 import threading
 import time
@@ -28,11 +33,17 @@ from netns.http_peer import (
     headers_of,
     make_head,
     read_all,
-    value_at,
-    with_our_headers,
 )
 from netns.injection_fixtures import Injection, two_pods
-from podspan.agent.exchange import FLAG_ACCEPTED_DEBUG, FLAG_INJECTED, End, Link, Role
+from netns.injection_model import UUID, Chosen, check, plan_of, with_our_headers
+from podspan.agent.exchange import (
+    FLAG_INJECTED,
+    FLAG_SAMPLED,
+    End,
+    Link,
+    Protocol,
+    Role,
+)
 
 kernel_stays_calm = injection_fixtures.kernel_stays_calm
 shared_injection = injection_fixtures.shared_injection
@@ -43,10 +54,6 @@ HEADS = {
     "forwarded context": make_head(*FORWARDED),
     "forwarded root": make_head(*WITHOUT_PARENT),
 }
-UUID4 = re.compile(
-    r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
-)
-
 every_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 both_families = pytest.mark.parametrize("version", [4, 6])
 
@@ -95,12 +102,8 @@ class TestCuts:
 def check_cut(injection, head, cut, received, body=b""):
     """One request arrived, the last piece of whose head began at byte `cut`."""
     record = injection.record()
-    in_place = [
-        at
-        for name in (b"x-b3-spanid", b"x-b3-parentspanid")
-        if (at := value_at(head, name)) is not None
-    ]
-    if cut <= min([*in_place, len(head) - 2]):
+    plan = plan_of(head, Chosen.of_record(record))
+    if cut <= min(plan.reach, len(head) - 2):
         assert received == with_our_headers(head, record) + body, cut
         assert record.flags & FLAG_INJECTED
         assert injection.losses() == {}, cut
@@ -262,8 +265,24 @@ class TestLongHeads:
     def test_longer_ones_pass_untouched(self, injection, size):
         head = make_head(size=size)
         check_whole(injection.send(head), head, size)
-        assert injection.losses() == {}
-        assert injection.records() == []
+        check_tcp(injection, size)
+
+
+def check_tcp(injection, size):
+    """The connection was followed as one that speaks no HTTP."""
+    record = injection.record()
+    assert record.protocol is Protocol.TCP
+    assert (record.role, record.end) == (Role.CLIENT, End.CLOSED_HERE)
+    assert (record.request_bytes, record.response_bytes) == (size, 0)
+    assert (record.link, record.parent_id) == (Link.NONE, 0)
+    assert record.trace_id % 2**64 == record.span_id != 0
+    assert record.flags == FLAG_SAMPLED
+    assert (record.method, record.target, record.status) == ("", "", 0)
+    assert record.netns == injection.client.path.stat().st_ino
+    assert record.pid == os.getpid()
+    assert 0 < record.connect_end_ns <= record.request_first_ns
+    assert record.request_first_ns <= record.request_last_ns
+    assert injection.losses() == {}
 
 
 CLIENT_HELLO = bytes.fromhex(
@@ -295,9 +314,9 @@ class TestUntouched:
     def test_what_is_no_http_1(self, injection, stream):
         # And nothing that comes later on such a connection.
         later = make_head()
-        assert injection.send(stream, later, later) == stream + later + later
-        assert injection.losses() == {}
-        assert injection.records() == []
+        whole = stream + later + later
+        assert injection.send(stream, later, later) == whole
+        check_tcp(injection, len(whole))
 
     @pytest.mark.parametrize("together", [True, False])
     @pytest.mark.parametrize("framing", ["length", "chunked"])
@@ -313,38 +332,13 @@ class TestUntouched:
         assert received == with_our_headers(head, injection.record()) + body
         assert injection.losses() == {}
 
-    def test_a_request_before_the_response(self, injection):
-        """Here no response is ever seen: the second request is the last."""
-        first, second = make_head(target=b"/1"), make_head(target=b"/2")
-        client, server = injection.connect()
-        with client, server:
-            client.sendall(first)
-            arrived = server.recv(4096)
-            for _ in range(3):
-                client.sendall(second)
-            client.close()
-            assert read_all(server) == second * 3
-        ours = headers_of(arrived)
-        assert arrived.startswith(first[:-2])
-        assert ours[b"x-b3-spanid"] == ours[b"x-b3-traceid"][16:]
-        assert injection.losses() == {"pipelined": 1}
-
-    def test_requests_pipelined_in_one_send(self, injection):
-        first, second = make_head(target=b"/1"), make_head(target=b"/2")
-        received = injection.send(first + second)
-        assert received.startswith(first[:-2] + b"x-request-id: ")
-        assert received.endswith(b"\r\n\r\n" + second)
-        assert received.count(b"x-b3-traceid") == 1
-        assert injection.losses() == {"pipelined": 1}
-
     def test_two_framings_pass_as_they_are(self, injection):
         head = make_head(
             (b"Content-Length", b"3"), (b"Transfer-Encoding", b"chunked"), method=b"PUT"
         )
         body = b"3\r\nabc\r\n0\r\n\r\n" + make_head()
         assert injection.send(head + body) == head + body
-        assert injection.records() == []
-        assert injection.losses() == {}
+        check_tcp(injection, len(head + body))
 
     def test_a_pod_that_nobody_traces(self, injection):
         here, there = injection.server, injection.client
@@ -365,32 +359,60 @@ class TestUntouched:
         assert injection.losses() == {}
 
 
-def b3(trace_id=TRACE_ID, span_id=SPAN_ID, *more):
-    return (b"x-b3-traceid", trace_id), (b"x-b3-spanid", span_id), *more
+class TestPipelining:
+    """Here no response is ever seen: all requests of a connection wait for theirs."""
 
+    @pytest.mark.parametrize("together", [1, 2, 7])
+    def test_each_of_17_requests_gets_headers_of_its_own(self, injection, together):
+        heads = ([*HEADS.values()] * 6)[:17]
+        pieces = [b"".join(heads[at : at + together]) for at in range(0, 17, together)]
+        received = injection.send(*pieces)
+        records = injection.records()
+        assert received == b"".join(map(with_our_headers, heads, records))
+        assert len({record.span_id for record in records}) == 17
+        assert injection.losses() == {}
 
-MALFORMED = {
-    "trace id of 31": b3(TRACE_ID[:31]),
-    "trace id of 33": b3(TRACE_ID + b"0"),
-    "trace id of 8": b3(TRACE_ID[:8]),
-    "empty trace id": b3(b""),
-    "trace id of zeroes": b3(b"0" * 32),
-    "no hex": b3(b"g" + TRACE_ID[1:]),
-    "upper case": b3(TRACE_ID.upper()),
-    "span id of 15": b3(TRACE_ID, SPAN_ID[:15]),
-    "span id of 32": b3(TRACE_ID, SPAN_ID * 2),
-    "span id of zeroes": b3(TRACE_ID, b"0" * 16),
-    "span id no hex": b3(TRACE_ID, b" " + SPAN_ID[:14] + b"-"),
-    "no span id": b3()[:1],
-    "no trace id": b3()[1:],
-    "parent id only": ((b"x-b3-parentspanid", PARENT_ID),),
-    "parent id of 15": b3(TRACE_ID, SPAN_ID, (b"x-b3-parentspanid", PARENT_ID[1:])),
-    "parent id no hex": b3(TRACE_ID, SPAN_ID, (b"x-b3-parentspanid", b"-" * 16)),
-    "empty parent id": b3(TRACE_ID, SPAN_ID, (b"x-b3-parentspanid", b"")),
-    "sampled 2": b3(TRACE_ID, SPAN_ID, (b"x-b3-sampled", b"2")),
-    "sampled yes": ((b"x-b3-sampled", b"yes"),),
-    "empty sampled": b3(TRACE_ID, SPAN_ID, (b"x-b3-sampled", b"")),
-}
+    @pytest.mark.parametrize("seed", range(20))
+    def test_however_17_requests_are_cut(self, injection, seed):
+        """Each is injected or not as if it were alone: its own last cut decides."""
+        chance = random.Random(seed)
+        heads = [chance.choice([*HEADS.values()]) for _ in range(17)]
+        stream = b"".join(heads)
+        cuts = sorted(chance.sample(range(1, len(stream)), 17 + 2 * seed))
+        edges = [0, *cuts, len(stream)]
+        received = injection.send(*(stream[a:b] for a, b in itertools.pairwise(edges)))
+        expected = b""
+        missed = start = 0
+        for head, record in zip(heads, injection.records(), strict=True):
+            end = start + len(head)
+            cut = max((at - start for at in cuts if start < at < end), default=0)
+            plan = plan_of(head, Chosen.of_record(record))
+            whole = cut <= min(plan.reach, len(head) - 2)
+            expected += with_our_headers(head, record) if whole else head
+            missed += not whole
+            start = end
+        assert received == expected
+        assert injection.losses() == ({"inject_cut": missed} if missed else {})
+
+    def test_what_comes_after_17_passes_untouched(self, injection):
+        heads = [make_head(target=b"/%d" % number) for number in range(20)]
+        received = injection.send(*heads)
+        records = injection.records()
+        ours = map(with_our_headers, heads[:17], records)
+        assert received == b"".join([*ours, *heads[17:]])
+        assert len(records) == 17
+        assert injection.losses() == {"pipelined": 1}
+
+    def test_a_body_between_them(self, injection):
+        requests = [request_with_body(3000, "length"), request_with_body(9, "chunked")]
+        received = injection.send(*(head + body for head, body in requests * 3))
+        records = injection.records()
+        assert received == b"".join(
+            with_our_headers(head, record) + body
+            for (head, body), record in zip(requests * 3, records, strict=True)
+        )
+        assert [record.request_bytes for record in records] == [3000, 9] * 3
+        assert injection.losses() == {}
 
 
 class TestContext:
@@ -401,7 +423,7 @@ class TestContext:
         assert received[b"x-b3-spanid"] == received[b"x-b3-traceid"][16:]
         assert b"x-b3-parentspanid" not in received
         assert received[b"x-b3-sampled"] == b"1"
-        assert UUID4.fullmatch(received[b"x-request-id"].decode())
+        assert re.fullmatch(UUID % b"9", received[b"x-request-id"])
         assert record.trace_id == int(received[b"x-b3-traceid"], 16)
         assert record.span_id == int(received[b"x-b3-spanid"], 16)
         assert record.request_id.encode() == received[b"x-request-id"]
@@ -440,34 +462,6 @@ class TestContext:
         grown = 0 if headers is FORWARDED else len(b"x-b3-parentspanid: \r\n") + 16
         assert len(received) == len(head) + grown
 
-    def test_a_trace_id_of_64_bits_stays_one(self, injection):
-        received = headers_of(injection.send(make_head(*b3(TRACE_ID[:16]))))
-        assert received[b"x-b3-traceid"] == TRACE_ID[:16]
-        assert injection.record().trace_id == int(TRACE_ID[:16], 16)
-
-    @pytest.mark.parametrize("spelling", [b"0", b"false"])
-    @pytest.mark.parametrize("context", [b3(), ()], ids=["context", "no context"])
-    def test_not_sampled_propagates_and_leaves_no_record(
-        self, injection, context, spelling
-    ):
-        head = make_head(*context, (b"x-b3-sampled", spelling))
-        received = headers_of(injection.send(head))
-        assert received[b"x-b3-sampled"] == spelling
-        assert received[b"x-b3-traceid"]
-        assert received[b"x-b3-spanid"] != SPAN_ID
-        assert UUID4.fullmatch(received[b"x-request-id"].decode())
-        assert injection.records() == []
-        assert injection.losses() == {}
-
-    @pytest.mark.parametrize("context", [b3(), ()], ids=["context", "no context"])
-    def test_debug_implies_sampled_which_is_not_sent_along(self, injection, context):
-        head = make_head(*context, (b"x-b3-flags", b"1"))
-        received = injection.send(head)
-        record = injection.record()
-        assert b"x-b3-sampled" not in headers_of(received)
-        assert received == with_our_headers(head, record)
-        assert record.flags & FLAG_ACCEPTED_DEBUG
-
     @pytest.mark.parametrize("own", [b"abc", b"7" * 40, b"8" * 100, b""])
     def test_an_own_request_id_is_kept(self, injection, own):
         head = make_head((b"x-request-id", own))
@@ -478,34 +472,6 @@ class TestContext:
         assert record.request_id == (
             own.decode() if len(own) <= 40 else own[:40].decode()
         )
-
-    def test_headers_whose_names_only_begin_or_end_like_ours(self, injection):
-        head = make_head(
-            (b"x-b3-traceid-old", TRACE_ID), (b"my-x-b3-spanid", SPAN_ID), (b"b3", b"0")
-        )
-        received = injection.send(head)
-        assert received == with_our_headers(head, injection.record())
-
-    @pytest.mark.parametrize("headers", MALFORMED.values(), ids=MALFORMED.keys())
-    def test_malformed_headers_pass_as_they_are(self, injection, headers):
-        head = make_head(*headers)
-        assert injection.send(head) == head
-        assert injection.losses() == {"inject_malformed": 1}
-        assert not injection.record().flags & FLAG_INJECTED
-
-    def test_of_headers_that_are_there_twice_the_first_counts(self, injection):
-        twice = (
-            *(*b3(), (b"X-B3-ParentSpanId", PARENT_ID), (b"x-b3-sampled", b"1")),
-            *(*b3(b"1" * 32, b"2" * 16), (b"x-b3-parentspanid", b"3" * 16)),
-            (b"x-b3-sampled", b"0"),
-        )
-        head = make_head(*twice)
-        received = injection.send(head)
-        record = injection.record()
-        assert received == with_our_headers(head, record)
-        assert record.parent_id == int(SPAN_ID, 16)
-        assert received.count(b"1" * 32) == received.count(b"2" * 16) == 1
-        assert injection.losses() == {}
 
 
 def all_at_once(sock, data):
@@ -603,7 +569,6 @@ class TestFullBuffers:
         assert injection.record().request_bytes == len(body)
 
     def test_a_second_request_is_found_behind_the_body(self, injection):
-        """And counted as early: here no response is ever seen."""
         head, body = request_with_body(3_000_000, "length")
 
         def send(sock):
@@ -612,8 +577,10 @@ class TestFullBuffers:
             all_at_once(sock, make_head())
 
         received = injection.send_by(send, sndbuf=50_000)
-        assert received.endswith(body + make_head())
-        assert injection.losses()["pipelined"] == 1
+        *records, last = injection.records()
+        assert received.endswith(body + with_our_headers(make_head(), last))
+        assert len(records) == 1
+        assert last.flags & FLAG_INJECTED
 
     def test_nothing_is_inserted_that_may_not_fit(self, injection):
         """Of what a push leaves unsent the application must not be told too much.
@@ -666,6 +633,46 @@ class TestFullBuffers:
         check_whole(received, with_our_headers(head, injection.record()) + body, "all")
 
 
+NODE = """
+const [url, headers] = process.argv.slice(1);
+require("http").get(url, {headers: JSON.parse(headers)}, answer => {
+    answer.pipe(process.stdout);
+});
+"""
+PYTHON = """
+import json, sys, urllib.request
+url, headers = sys.argv[1:]
+request = urllib.request.Request(url, headers=json.loads(headers))
+sys.stdout.buffer.write(urllib.request.urlopen(request).read())
+"""
+
+
+def with_headers(option, headers):
+    return [f"{option}{name}: {value}" for name, value in headers.items()]
+
+
+COMMANDS = {
+    "curl": lambda url, headers: [
+        *("curl", "--silent", "--fail", "--http1.1"),
+        *(f"-H{line}" for line in with_headers("", headers)),
+        url,
+    ],
+    "wget": lambda url, headers: [
+        *("wget", "--quiet", "--output-document=-"),
+        *with_headers("--header=", headers),
+        url,
+    ],
+    "node": lambda url, headers: ["node", "-e", NODE, url, json.dumps(headers)],
+    "python3": lambda url, headers: ["python3", "-c", PYTHON, url, json.dumps(headers)],
+}
+CARRIED = {
+    "nothing": {},
+    "multi": {name.decode(): value.decode() for name, value in FORWARDED},
+    "single": {"b3": f"{TRACE_ID.decode()}-{SPAN_ID.decode()}-1"},
+    "malformed": {"X-B3-TraceId": "junk", "X-B3-Sampled": "true"},
+}
+
+
 class TestClients:
     def test_a_client_that_ends_its_sending_gets_the_answer(self, injection):
         client, server = injection.connect()
@@ -683,6 +690,32 @@ class TestClients:
     def server(self, injection):
         with EchoServer(injection.server) as server:
             yield server
+
+    @pytest.mark.parametrize("headers", CARRIED.values(), ids=CARRIED.keys())
+    @pytest.mark.parametrize("client", COMMANDS)
+    def test_what_a_client_sends_differs_by_our_headers_only(
+        self, injection, server, client, headers
+    ):
+        """The same call, of a pod that nobody traces, and of a traced one."""
+        if shutil.which(client) is None:
+            pytest.skip(f"there is no {client} here")
+        host, port = server.address
+        argv = COMMANDS[client](f"http://{host}:{port}/some/path?q", headers)
+        argv = injection.client.command(*argv)
+
+        def call():
+            done = subprocess.run(argv, capture_output=True, check=True, timeout=60)
+            return done.stdout
+
+        inode = injection.client.path.stat().st_ino
+        injection.programs.set_policy(inode, 0)
+        sent = call()
+        assert injection.records() == []
+        injection.sample(None)
+        arrived = call()
+
+        assert sent.startswith(b"GET /some/path?q HTTP/1.1\r\n")
+        check(sent, arrived, injection.records(), injection.losses())
 
     @pytest.mark.parametrize("size", [0, 100, 2000, 1_000_000])
     def test_curl(self, injection, server, tmp_path, size):
@@ -919,15 +952,27 @@ class TestMemory:
             server.close()
             wait_for(lambda: len(table) == 0)
             assert injection.record().span_id, end.__name__
-        # One that sends nothing, and one that is refused.
+        # One that sends nothing.
         for sock in injection.connect():
             sock.close()
+        wait_for(lambda: len(table) == 0)
+        assert injection.records() == []
+        assert injection.losses() == {}
+
+    def test_a_refused_connection_is_told_of_and_leaves_no_entry(self, injection):
         with injection.client.inside():
             refused = socket.socket()
         with refused, pytest.raises(ConnectionRefusedError):
             refused.connect((injection.server.ipv4, 1))
-        wait_for(lambda: len(table) == 0)
-        assert injection.records() == []
+        wait_for(lambda: len(injection.programs.bpf[b"connections"]) == 0)
+        record = injection.record()
+        assert (record.end, record.error) == (End.CONNECT_FAILED, errno.ECONNREFUSED)
+        assert (record.protocol, record.role) == (Protocol.TCP, Role.CLIENT)
+        assert (record.peer_addr, record.peer_port) == (injection.server.ipv4, 1)
+        assert (record.pid, record.flags) == (os.getpid(), FLAG_SAMPLED)
+        assert 0 < record.connect_start_ns <= record.connect_end_ns
+        assert (record.request_bytes, record.response_bytes) == (0, 0)
+        assert injection.losses() == {}
 
     def test_a_long_connection_keeps_its_account(self, injection):
         """As if responses were seen, which ends an exchange, between the requests."""
