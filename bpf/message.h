@@ -176,6 +176,9 @@ static inline int message_begins(struct connection *c, int is_response, u64 now)
 			forsake(c, LOSS_PIPELINED);
 			return 0;
 		}
+		/* What was sent again between two exchanges is neither's. */
+		if (!has_parked(c))
+			KERNEL_READ(c->retransmits, (void *)c->sock, tcp_sock, total_retrans);
 		q->first_ns = now;
 		q->bytes = 0;
 		forget_text(q);
