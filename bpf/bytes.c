@@ -207,26 +207,31 @@ int receive_copied(struct pt_regs *ctx, void *sk, int copied)
 		return 0;
 	thread = bpf_get_current_pid_tgid();
 	r = receives.lookup(&thread);
-	if (!r || r->sock != key)
-		return 0;
 	if (copied <= 0) {
 		if (copied == 0)
 			at_end_of_file(c, sk);
 		return 0;
 	}
 	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
-	seen = r->seen;
-	/* A FIN counts as one, and is passed along with the last data. */
-	if (copied_seq - (r->from_seq + copied) > 1 || (u32)copied <= seen)
-		return 0;
-	r->seen = copied;
 	is_response = c->role == ROLE_CLIENT;
 	w->now_ns = bpf_ktime_get_ns();
 	if (c->tcp) {
-		received_up_to(c, r->from_seq + copied);
+		received_up_to(c, copied_up_to(sk));
 		tcp_bytes(c, is_response, w->now_ns);
 		return 0;
 	}
+	/* A FIN counts as one, and is passed along with the last data. */
+	if (!r || r->sock != key || copied_seq - (r->from_seq + copied) > 1) {
+		/* No tcp_recvmsg, or one that began before the agent: splice(2). */
+		if (is_response && c->open)
+			c->response_last_ns = w->now_ns;
+		sync_received(c, is_response);
+		return 0;
+	}
+	seen = r->seen;
+	if ((u32)copied <= seen)
+		return 0;
+	r->seen = copied;
 	missed = r->from_seq + seen - c->recv_seq;
 	received_up_to(c, r->from_seq + copied);
 	if (missed > 0 && !catch_up(c, is_response, missed))

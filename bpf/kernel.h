@@ -22,6 +22,7 @@
 #define TCP_LAST_ACK 9
 #define RCV_SHUTDOWN 1
 #define SHUTDOWN_MASK 3
+#define SOCK_DONE 1	/* in skc_flags: the peer's FIN has come */
 #define MSG_PEEK 2
 #define MSG_TRUNC 0x20
 
@@ -39,6 +40,20 @@ static inline u32 netns_of(void *sk)
 	if (net)
 		KERNEL_READ(inode, net + OFFSET(net, ns), ns_common, inum);
 	return inode;
+}
+
+/* copied_seq without the FIN that it counts once the application has read up to it. */
+static inline u32 copied_up_to(void *sk)
+{
+	u32 copied_seq = 0, rcv_nxt = 0;
+	u64 flags = 0;
+
+	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
+	KERNEL_READ(rcv_nxt, sk, tcp_sock, rcv_nxt);
+	KERNEL_READ(flags, sk, sock_common, skc_flags);
+	if (flags & (1 << SOCK_DONE) && copied_seq == rcv_nxt)
+		copied_seq--;
+	return copied_seq;
 }
 
 static inline void address_of(u8 *to, void *sk, int local)

@@ -96,17 +96,12 @@ static inline struct connection *connection_of(void *sk)
 	return c ? c : adopt(sk);
 }
 
-/* The last bytes may have passed unseen. A FIN that write_seq or copied_seq counts is none
- * of them. */
+/* The last bytes may have passed unseen. A FIN that write_seq counts is none of them. */
 static inline void take_last_bytes(struct connection *c, void *sk)
 {
-	u32 write_seq = 0, copied_seq = 0, rcv_nxt = 0;
+	u32 write_seq = 0, copied_seq = copied_up_to(sk);
 
 	KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
-	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
-	KERNEL_READ(rcv_nxt, sk, tcp_sock, rcv_nxt);
-	if (c->closing && copied_seq == rcv_nxt)
-		copied_seq--;
 	if ((s32)(copied_seq - c->recv_seq) > 0)
 		received_up_to(c, copied_seq);
 	sent_up_to(c, write_seq - c->fin_sent);
@@ -115,7 +110,7 @@ static inline void take_last_bytes(struct connection *c, void *sk)
 /* The connection is gone, or this end wants no more of it. */
 static inline void close_exchanges(struct connection *c, void *sk)
 {
-	u32 error = 0, write_seq = 0, copied_seq = 0, i;
+	u32 error = 0, write_seq = 0, i;
 	s32 missed;
 	u8 response = c->scan[RESPONSE].state;
 	u8 end;
@@ -136,9 +131,8 @@ static inline void close_exchanges(struct connection *c, void *sk)
 	missed = write_seq - c->fin_sent - c->send_seq;
 	if (c->enrolled && missed > 0)
 		c->request.bytes += scan_skip(&c->scan[REQUEST], missed);
-	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
 	if (c->scan[REQUEST].state == SCAN_OPAQUE ||
-	    (c->inherited && (missed || copied_seq - c->recv_seq > c->closing)))
+	    (c->inherited && (missed || copied_up_to(sk) != c->recv_seq)))
 		end = END_UNSEEN;
 	else if (error)
 		end = END_RESET;

@@ -121,20 +121,12 @@ static inline int sync_sent(struct connection *c, int is_response, u32 *again)
 /* The same of what the application received. */
 static inline int sync_received(struct connection *c, int is_response)
 {
-	void *sk = (void *)c->sock;
-	u32 copied_seq = 0;
-	u8 shutdown = 0;
-	s32 missed;
+	u32 seq = copied_up_to((void *)c->sock);
+	s32 missed = seq - c->recv_seq;
 
-	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
-	missed = copied_seq - c->recv_seq;
 	if (missed <= 0)
 		return 1;
-	/* A FIN counts as one. */
-	bpf_probe_read_kernel(&shutdown, 1, sk + OFFSET(sock, sk_shutdown));
-	if (missed == 1 && shutdown & RCV_SHUTDOWN)
-		return 1;
-	received_up_to(c, copied_seq);
+	received_up_to(c, seq);
 	return catch_up(c, is_response, missed);
 }
 

@@ -1,7 +1,6 @@
 """HTTP/1 and TCP as they happen: one test per way in which a connection can go."""
 
 import errno
-import os
 import socket
 import struct
 import subprocess
