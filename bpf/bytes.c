@@ -179,12 +179,9 @@ int receive_entry(struct pt_regs *ctx, void *sk, void *msg, u64 size, u64 fourth
 static inline void at_end_of_file(struct connection *c, void *sk)
 {
 	u8 shutdown = 0;
-	u32 queued = 0;
 
 	bpf_probe_read_kernel(&shutdown, 1, sk + OFFSET(sock, sk_shutdown));
-	bpf_probe_read_kernel(&queued, sizeof(queued), sk + OFFSET(sock, sk_receive_queue) +
-						       OFFSET(sk_buff_head, qlen));
-	if (!(shutdown & RCV_SHUTDOWN) || queued || !c->open || c->tcp ||
+	if (!(shutdown & RCV_SHUTDOWN) || unread(sk) || !c->open || c->tcp ||
 	    has_parked(c) || c->role != ROLE_CLIENT)
 		return;
 	if (c->scan[RESPONSE].state != SCAN_UNTIL_EOF)

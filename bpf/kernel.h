@@ -56,6 +56,16 @@ static inline u32 copied_up_to(void *sk)
 	return copied_seq;
 }
 
+static inline u32 unread(void *sk)
+{
+	u32 queued = 0;
+
+	bpf_probe_read_kernel(&queued, sizeof(queued),
+			      sk + OFFSET(sock, sk_receive_queue) +
+			      OFFSET(sk_buff_head, qlen));
+	return queued;
+}
+
 static inline void address_of(u8 *to, void *sk, int local)
 {
 	u16 family = 0;

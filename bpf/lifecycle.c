@@ -2,7 +2,8 @@
  *
  * Hook:  cgroup sockops at the root of the cgroup tree; for connections that are older
  *        than the agent the tracepoint inet_sock_set_state, because sockops tells of the
- *        states of those only that it was asked for from within sockops.
+ *        states of those only that it was asked for from within sockops. What is left when
+ *        a socket is destroyed ends by the tracepoint tcp_destroy_sock.
  * Cost:  a branch per connection of the node, an entry per one of a traced pod; a
  *        look-up per state change.
  * Blind: connect(2) that finds no way, for which no connection is begun: failure.c.
@@ -116,7 +117,9 @@ static inline void close_exchanges(struct connection *c, void *sk)
 	u8 end;
 
 	KERNEL_READ(error, sk, sock, sk_err);
-	c->error = error;
+	if (!c->error)
+		c->error = error;
+	error = c->error;
 	if (c->tcp) {
 		take_last_bytes(c, sk);
 		tcp_part_ends(c, error ? END_RESET :
@@ -166,6 +169,7 @@ static inline void connect_failed(struct connection *c, void *sk)
 static inline void state_changed(struct connection *c, void *sk, u32 state)
 {
 	u64 key = (u64)sk;
+	u32 error = 0;
 	u8 shutdown = 0;
 
 	if (state == TCP_CLOSE_WAIT) {
@@ -179,10 +183,17 @@ static inline void state_changed(struct connection *c, void *sk, u32 state)
 			take_last_bytes(c, sk);
 		c->fin_sent = 1;
 	} else if (state == TCP_CLOSE) {
-		if (c->connect_start_ns && !c->connect_end_ns && c->role == ROLE_CLIENT)
+		if (c->connect_start_ns && !c->connect_end_ns && c->role == ROLE_CLIENT) {
 			connect_failed(c, sk);
-		else
+		} else if (unread(sk)) {
+			/* Both sides have ended, and the application is still to read. It will
+			 * be told an error only once: sk_err is zero then. */
+			KERNEL_READ(error, sk, sock, sk_err);
+			c->error = error;
+			return;
+		} else {
 			close_exchanges(c, sk);
+		}
 		connections.delete(&key);
 	}
 }
@@ -279,17 +290,26 @@ int lifecycle(struct bpf_sock_ops *ops)
 
 RAW_TRACEPOINT_PROBE(inet_sock_set_state)
 {
-	void *sk = (void *)ctx->args[0];
-	u32 state = ctx->args[2];
-	u64 key = (u64)sk, cookie = 0;
+	u64 key = ctx->args[0];
 	struct connection *c = connections.lookup(&key);
 
 	if (c && !c->watched)
-		state_changed(c, sk, state);
-	if (state == TCP_CLOSE) {
-		KERNEL_READ(cookie, sk, sock_common, skc_cookie);
-		if (cookie)
-			old_sockets.delete(&cookie);
+		state_changed(c, (void *)key, ctx->args[2]);
+	return 0;
+}
+
+RAW_TRACEPOINT_PROBE(tcp_destroy_sock)
+{
+	void *sk = (void *)ctx->args[0];
+	u64 key = (u64)sk, cookie = 0;
+	struct connection *c = connections.lookup(&key);
+
+	if (c) {
+		close_exchanges(c, sk);
+		connections.delete(&key);
 	}
+	KERNEL_READ(cookie, sk, sock_common, skc_cookie);
+	if (cookie)
+		old_sockets.delete(&cookie);
 	return 0;
 }

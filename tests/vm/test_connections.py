@@ -520,7 +520,9 @@ def test_retransmits_are_counted_where_they_happen(agent: Agent) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
         for _ in range(2):
             read_head(sock)
-            sock.sendall(head + body)
+            sock.sendall(head)
+            for _ in range(20):
+                sock.sendall(body[:20_000])
         read_until_end(sock)
 
     with talking(talk) as server:

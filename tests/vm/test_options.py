@@ -129,7 +129,7 @@ def test_opentelemetrys_names_and_tags(child_agent: Agent) -> None:
         fetch(front, "/semconv/1?a=b")
         spans = spans_below(child_agent, front, "semconv")
     client, server = (next(s for s in spans if s["kind"] == k) for k in KINDS)
-    assert client["name"] == server["name"] == "get"
+    assert client["name"] == server["name"] == "GET"
     assert client["tags"]["url.full"].endswith("/semconv/1?a=b")
     assert (server["tags"]["url.path"], server["tags"]["url.query"]) == (
         "/semconv/1",
