@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from io import TextIOWrapper
@@ -54,7 +54,7 @@ POLL_MS = 100
 HEARTBEAT_S = 0.25
 EXPORT_TICK_S = 0.5
 SELECT_S = 1.0
-ROAMING_S = 1.0
+GO_S = 1.0
 CLOCK_S = 1.0
 LOSSES_S = 10.0
 
@@ -104,6 +104,7 @@ class OpenTracer(Protocol):
         max_connections: int,
         options: Options,
         netns: frozenset[int] | None,
+        roaming: Collection[int],
         on_exchange: Callable[[Exchange], None],
         on_warning: Callable[[str], None],
     ) -> AbstractContextManager[Tracer]:
@@ -131,11 +132,13 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         options = SpanOptions(config.tags, config.max_path, not config.no_query)
         sink = Sink(names, clock, exporters, options)
         selection = Selection(names, config.netns)
+        go = GoProcesses()
         tracer = stack.enter_context(
             open_tracer(
                 max_connections=config.max_connections,
                 options=Options.of(config),
                 netns=selection.netns,
+                roaming=go.look(selection.netns).started,
                 on_exchange=sink.take,
                 on_warning=log.warning,
             )
@@ -144,16 +147,24 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         if tracer.inherited:
             log.info("taken over from an earlier agent: %s", tracer.inherited)
         log.info("connections older than the agent: %s", tracer.enrolment)
-        roaming = Roaming(tracer)
-        roaming.look(selection.netns)
+
+        def look_for_go(netns: frozenset[int] | None) -> None:
+            """Their goroutines roam between threads: no thread is a parent."""
+            change = go.look(netns)
+            tracer.set_roaming(change.started, change.ended)
+
+        def select(netns: frozenset[int]) -> None:
+            look_for_go(netns)
+            tracer.select(netns)
+
         losses = Losses(lambda: {**tracer.losses(), **exporters.losses()})
         stack.callback(losses.sum_up)
         tasks = [
             Periodic(HEARTBEAT_S, tracer.heartbeat),
             Periodic(EXPORT_TICK_S, exporters.tick),
-            Periodic(SELECT_S, lambda: selection.follow(tracer.select)),
+            Periodic(SELECT_S, lambda: selection.follow(select)),
             Periodic(SELECT_S, lambda: tracer.set_sampling(_rates(pods_by_netns()))),
-            Periodic(ROAMING_S, lambda: roaming.look(selection.netns)),
+            Periodic(GO_S, lambda: look_for_go(selection.netns)),
             Periodic(CLOCK_S, clock.refresh),
             Periodic(LOSSES_S, losses.report),
         ]
@@ -319,19 +330,6 @@ class Selection:
             self.netns = netns
             select(netns)
             log.info("selected: namespaces=%d", len(netns))
-
-
-class Roaming:
-    """Tells the tracer of Go programs: their goroutines roam between threads."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        self._tracer = tracer
-        self._processes = GoProcesses()
-
-    def look(self, netns: frozenset[int] | None) -> None:
-        """Look which have come and gone in these namespaces; None: in all."""
-        change = self._processes.look(netns)
-        self._tracer.set_roaming(change.started, change.ended)
 
 
 class Periodic:

@@ -3,7 +3,7 @@
  * Hooks: kprobes on tcp_sendmsg, tcp_sendpage (before 6.5), tcp_recvmsg and
  *        tcp_cleanup_rbuf. The last is called within tcp_recvmsg when data has been
  *        copied, in the reader's context: no kretprobe, whose instances run out while
- *        readers block.
+ *        readers block. And on what event loops wait with, where a turn of theirs ends.
  * Cost:  a table look-up per send and receive of the node; some ten instructions per
  *        head byte of a traced pod, none per body byte.
  * Blind: what bytes say that pass by sendfile or splice; they can only be body.
@@ -114,19 +114,22 @@ static inline void sends(struct pt_regs *ctx, void *sk, void *msg, u64 size)
 		return;
 	is_response = c->role == ROLE_SERVER;
 	w->now_ns = bpf_ktime_get_ns();
+	w->thread = bpf_get_current_pid_tgid();
 	if (c->tcp) {
 		KERNEL_READ(write_seq, sk, tcp_sock, write_seq);
 		sent_up_to(c, write_seq);
-		tcp_bytes(c, is_response, w->now_ns);
+		tcp_bytes(c, is_response, w->thread, w->now_ns);
 		return;
 	}
+	/* Too early: the kernel waits for the connection, or says that it is not there. */
+	if (c->connect_start_ns && !c->connect_end_ns)
+		return;
 	if (!is_response && c->open && !sync_received(c, 1))
 		return;
 	if (!sync_sent(c, is_response, &again) || again >= size)
 		return;
 	w->ignore = again;	/* sent again after a partial send */
 	sent_up_to(c, c->send_seq + size - again);
-	w->thread = bpf_get_current_pid_tgid();
 	w->left = size;
 	if (msg)
 		find_buffers(&w->buffers, msg);
@@ -207,18 +210,21 @@ int receive_copied(struct pt_regs *ctx, void *sk, int copied)
 	if (copied <= 0) {
 		if (copied == 0)
 			at_end_of_file(c, sk);
+		else
+			receives.delete(&thread);
 		return 0;
 	}
-	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
+	copied_seq = copied_up_to(sk);
 	is_response = c->role == ROLE_CLIENT;
 	w->now_ns = bpf_ktime_get_ns();
+	if (!is_response && (c->tcp || c->scan[REQUEST].state == SCAN_OPAQUE))
+		serves_unknown(thread);
 	if (c->tcp) {
-		received_up_to(c, copied_up_to(sk));
-		tcp_bytes(c, is_response, w->now_ns);
+		received_up_to(c, copied_seq);
+		tcp_bytes(c, is_response, thread, w->now_ns);
 		return 0;
 	}
-	/* A FIN counts as one, and is passed along with the last data. */
-	if (!r || r->sock != key || copied_seq - (r->from_seq + copied) > 1) {
+	if (!r || r->sock != key || copied_seq != r->from_seq + copied) {
 		/* No tcp_recvmsg, or one that began before the agent: splice(2). */
 		if (is_response && c->open)
 			c->response_last_ns = w->now_ns;
@@ -300,7 +306,7 @@ int bytes_walk(struct pt_regs *ctx)
 			n = w->left;
 		} else if (!w->buffers.length) {
 			if (!w->buffers.count)
-				return 0;
+				goto unreadable;
 			w->buffers.count--;
 			bpf_probe_read_kernel(&segment, sizeof(segment),
 					      (void *)w->buffers.vector);
@@ -371,6 +377,9 @@ again:
 	bytes_steps.call(ctx, STEP_WALK);
 	forsake(c, LOSS_PIECES);
 	return 0;
+unreadable:
+	forsake(c, LOSS_BYTES_UNREADABLE);
+	return 0;
 }
 
 /* A head is complete: what it means, and what follows it. */
@@ -407,6 +416,18 @@ int bytes_head(struct pt_regs *ctx)
 		return 0;
 	}
 	message_done(ctx, c, w, s);
+	return 0;
+}
+
+/* An event loop waits for its next turn: what it does then may be for anybody. A thread that
+ * serves one request to its end waits with poll(2), if at all. */
+int turn_ends(struct pt_regs *ctx)
+{
+	u64 thread = bpf_get_current_pid_tgid();
+	struct serving *serving = servings.lookup(&thread);
+
+	if (serving && !serving->multiplexed)
+		servings.delete(&thread);
 	return 0;
 }
 

@@ -70,7 +70,7 @@ struct connection {
 	u8 role;
 	u8 open;		/* enum exchange_state of `request` */
 	u8 heads;		/* a request's head was understood: it speaks HTTP/1 */
-	u8 closing;		/* the peer's FIN was seen */
+	u8 ended_first;		/* the peer's FIN came before ours */
 	u8 fin_sent;		/* write_seq counts our own FIN */
 	u8 enrolled;		/* its sends pass request.c */
 	u8 watched;		/* sockops tells of its states */
@@ -158,7 +158,7 @@ static inline void lose(u32 reason)
 	u64 *count = losses.lookup(&reason);
 
 	if (count)
-		*count += 1;
+		__sync_fetch_and_add(count, 1);
 }
 
 static inline struct policy *policy_of(u32 netns)
@@ -194,12 +194,14 @@ static inline void emit(struct connection *c, struct request *q, u8 end, u8 prot
 {
 	struct exchange_record *r;
 	u32 retransmits = 0;
+	u64 connect_start_ns = c->connect_start_ns, connect_end_ns = c->connect_end_ns;
 
 	KERNEL_READ(retransmits, (void *)c->sock, tcp_sock, total_retrans);
-	if (!(q->flags & FLAG_SAMPLED)) {
-		c->retransmits = retransmits;
+	/* These are the first exchange's, recorded or not. */
+	c->connect_start_ns = 0;
+	c->connect_end_ns = 0;
+	if (!(q->flags & FLAG_SAMPLED))
 		return;
-	}
 	r = exchanges.ringbuf_reserve(sizeof(*r));
 	if (!r) {
 		lose(LOSS_RING_FULL);
@@ -209,8 +211,8 @@ static inline void emit(struct connection *c, struct request *q, u8 end, u8 prot
 	r->trace_id_low = q->trace_id_low;
 	r->span_id = q->span_id;
 	r->parent_id = q->parent_id;
-	r->connect_start_ns = c->connect_start_ns;
-	r->connect_end_ns = c->connect_end_ns;
+	r->connect_start_ns = connect_start_ns;
+	r->connect_end_ns = connect_end_ns;
 	r->request_first_ns = q->first_ns;
 	r->request_last_ns = q->last_ns;
 	r->response_first_ns = c->response_first_ns;
@@ -225,7 +227,7 @@ static inline void emit(struct connection *c, struct request *q, u8 end, u8 prot
 	r->local_port = c->local_port;
 	r->peer_port = c->peer_port;
 	r->status = c->status;
-	r->error = c->error;
+	r->error = end == END_RESET || end == END_CONNECT_FAILED ? c->error : 0;
 	r->role = c->role;
 	r->link = q->link;
 	r->end = end;
@@ -241,8 +243,6 @@ static inline void emit(struct connection *c, struct request *q, u8 end, u8 prot
 	__builtin_memcpy(r->comm, q->comm, sizeof(r->comm));
 	exchanges.ringbuf_submit(r, NO_WAKEUP);
 	c->retransmits = retransmits;
-	c->connect_start_ns = 0;
-	c->connect_end_ns = 0;
 }
 
 static inline struct parked_key first_parked(struct connection *c)

@@ -87,6 +87,16 @@ static inline void note_roaming(struct connection *c, struct request *q, u64 thr
 		lose(LOSS_THREADS_FULL);
 }
 
+/* The thread takes a request that is not understood: what it then sends may be that one's,
+ * while it serves another, and the other's. */
+static inline void serves_unknown(u64 thread)
+{
+	struct serving *serving = servings.lookup(&thread);
+
+	if (serving)
+		serving->multiplexed = 1;
+}
+
 static inline void new_root(struct request *q)
 {
 	q->trace_id_high = random64();
@@ -210,7 +220,7 @@ static inline void server_context(struct connection *c, struct head_context *h)
 	if (old) {
 		sock = old->sock;
 		other = connections.lookup(&sock);
-		if (old->multiplexed || (other && other != c && other->open == OPEN &&
+		if (old->multiplexed || (other && other != c && other->open &&
 					 other->request.thread == thread &&
 					 other->request.span_id == old->span_id))
 			new.multiplexed = 1;

@@ -42,16 +42,22 @@ static inline u32 netns_of(void *sk)
 	return inode;
 }
 
+static inline int ended_there(void *sk)
+{
+	u64 flags = 0;
+
+	KERNEL_READ(flags, sk, sock_common, skc_flags);
+	return flags >> SOCK_DONE & 1;
+}
+
 /* copied_seq without the FIN that it counts once the application has read up to it. */
 static inline u32 copied_up_to(void *sk)
 {
 	u32 copied_seq = 0, rcv_nxt = 0;
-	u64 flags = 0;
 
 	KERNEL_READ(copied_seq, sk, tcp_sock, copied_seq);
 	KERNEL_READ(rcv_nxt, sk, tcp_sock, rcv_nxt);
-	KERNEL_READ(flags, sk, sock_common, skc_flags);
-	if (flags & (1 << SOCK_DONE) && copied_seq == rcv_nxt)
+	if (ended_there(sk) && copied_seq == rcv_nxt)
 		copied_seq--;
 	return copied_seq;
 }

@@ -86,6 +86,7 @@ static inline struct connection *adopt(void *sk)
 	c->role = role;
 	c->old = 1;
 	describe(c, sk);
+	KERNEL_READ(c->retransmits, sk, tcp_sock, total_retrans);
 	return c;
 }
 
@@ -123,7 +124,7 @@ static inline void close_exchanges(struct connection *c, void *sk)
 	if (c->tcp) {
 		take_last_bytes(c, sk);
 		tcp_part_ends(c, error ? END_RESET :
-				 c->closing ? END_CLOSED_THERE : END_CLOSED_HERE);
+				 c->ended_first ? END_CLOSED_THERE : END_CLOSED_HERE);
 		c->tcp = TCP_NO;
 		return;
 	}
@@ -139,9 +140,9 @@ static inline void close_exchanges(struct connection *c, void *sk)
 		end = END_UNSEEN;
 	else if (error)
 		end = END_RESET;
-	else if (response == SCAN_UNTIL_EOF && (c->role == ROLE_SERVER || c->closing))
+	else if (response == SCAN_UNTIL_EOF && (c->role == ROLE_SERVER || ended_there(sk)))
 		end = END_EOF;
-	else if (c->closing && c->role == ROLE_CLIENT)
+	else if (ended_there(sk) && c->role == ROLE_CLIENT)
 		end = END_CLOSED_THERE;
 	else
 		end = END_CLOSED_HERE;
@@ -173,7 +174,7 @@ static inline void state_changed(struct connection *c, void *sk, u32 state)
 	u8 shutdown = 0;
 
 	if (state == TCP_CLOSE_WAIT) {
-		c->closing = 1;
+		c->ended_first = 1;
 	} else if (state == TCP_FIN_WAIT1 || state == TCP_LAST_ACK) {
 		/* close(2), or only shutdown(SHUT_WR), after which a response may come? */
 		bpf_probe_read_kernel(&shutdown, 1, sk + OFFSET(sock, sk_shutdown));
@@ -233,7 +234,7 @@ int lifecycle(struct bpf_sock_ops *ops)
 	struct connection *c;
 	void *sk = 0;
 	u64 key;
-	u32 netns;
+	u32 netns, before;
 	int failed;
 
 	if (!pointer)
@@ -246,6 +247,10 @@ int lifecycle(struct bpf_sock_ops *ops)
 		netns = netns_of(sk);
 		if (!(what_to_do(netns) & POLICY_TRACE))
 			return 1;
+		/* A socket may be disconnected with answers unread, and used again. */
+		c = connections.lookup(&key);
+		if (c)
+			close_exchanges(c, sk);
 		c = establish(sk, netns, bpf_get_socket_cookie(ops));
 		if (c) {
 			c->watched = 1;
@@ -258,7 +263,13 @@ int lifecycle(struct bpf_sock_ops *ops)
 		if (!c)
 			return 1;
 		c->connect_end_ns = bpf_ktime_get_ns();
+		before = c->send_seq;
 		describe(c, sk);
+		/* Data went along with the SYN, which counts as one: tcp_fastopen. */
+		if (c->send_seq - before > 1) {
+			c->heads = 1;
+			forsake(c, LOSS_BYTES_MISSED);
+		}
 		if (!(what_to_do(c->netns) & POLICY_ENROL) || is_mptcp(sk))
 			break;
 		/* A statement of its own: bcc's rewriting ends it with a semicolon. */

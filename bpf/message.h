@@ -163,8 +163,8 @@ static inline int message_begins(struct connection *c, int is_response, u64 now)
 			finish(c, END_NEXT_REQUEST);
 			scan_next(&c->scan[RESPONSE]);
 		}
-		/* An old connection whose requests seem to run ahead is out of step. */
-		if (c->open && (c->old || !park(c))) {
+		/* Where what has passed is not known, it is rather out of step. */
+		if (c->open && (c->old || c->inherited || !park(c))) {
 			forsake(c, LOSS_PIPELINED);
 			return 0;
 		}
@@ -203,7 +203,7 @@ static inline void response_head(struct connection *c, u64 left, u64 thread, u64
 	if (status >= 100 && status < 200 && status != 101) {
 		/* Interim: the response proper is still to come. */
 		scan_next(s);
-		c->response_first_ns = 0;
+		c->response_first_ns = left ? now : 0;
 		return;
 	}
 	c->status = status;

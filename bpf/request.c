@@ -110,7 +110,7 @@ int request_entry(struct sk_msg_md *msg)
 	if (c->tcp) {
 		KERNEL_READ(write_seq, (void *)c->sock, tcp_sock, write_seq);
 		sent_up_to(c, write_seq);
-		tcp_bytes(c, 0, now);
+		tcp_bytes(c, 0, bpf_get_current_pid_tgid(), now);
 		return SK_PASS;
 	}
 	if (c->open && !sync_received(c, 1))
@@ -382,9 +382,8 @@ int request_inject(struct sk_msg_md *msg)
 	q = &c->request;
 	scan_body(s, 0);
 	if (s->state == SCAN_OPAQUE) {
+		c->heads = 1;
 		forsake(c, LOSS_REQUEST_UNPARSED);
-		if (c->tcp == TCP_WANTED)
-			tcp_begins(c, bpf_get_current_pid_tgid(), bpf_ktime_get_ns());
 		return SK_PASS;
 	}
 	remember_thread(q, bpf_get_current_pid_tgid());

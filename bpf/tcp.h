@@ -79,9 +79,12 @@ static inline void tcp_part_ends(struct connection *c, u8 end)
 }
 
 /* Bytes pass in one direction. Called before they are sent and after they are received. */
-static inline void tcp_bytes(struct connection *c, int is_response, u64 now)
+static inline void tcp_bytes(struct connection *c, int is_response, u64 thread, u64 now)
 {
 	struct request *q = &c->request;
+
+	if (c->tcp == TCP_WANTED)
+		tcp_begins(c, thread, now);
 
 	if (is_response) {
 		if (!c->response_first_ns)
@@ -102,6 +105,7 @@ static inline void tcp_bytes(struct connection *c, int is_response, u64 now)
 	c->response_first_ns = is_response ? now : 0;
 	c->response_last_ns = c->response_first_ns;
 	q->span_id = random64();
+	q->flags &= ~FLAG_SHARED;
 #endif
 }
 

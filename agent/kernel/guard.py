@@ -35,6 +35,14 @@ GRACE_NS: Final = 2_000_000_000
 ONLY: Final = bytes(4)  # the key of an array with one element
 
 
+def require_bpffs(path: Path) -> None:
+    """Raise FeatureMissing where nothing can be pinned."""
+    if not syscall.is_bpffs(path):
+        raise FeatureMissing(
+            f"{path} is not a bpf file system", hint=f"mount -t bpf bpf {path}"
+        )
+
+
 class Guard:
     """A pinned guard; nothing is redirected before `want(True)` and a first `beat`."""
 
@@ -47,11 +55,7 @@ class Guard:
     @classmethod
     def open(cls, pin_dir: Path = PIN_DIR, grace_ns: int = GRACE_NS) -> Self:
         """Compile, load and pin the guard, or take over what is pinned."""
-        if not syscall.is_bpffs(pin_dir.parent):
-            raise FeatureMissing(
-                f"{pin_dir.parent} is not a bpf file system",
-                hint=f"mount -t bpf bpf {pin_dir.parent}",
-            )
+        require_bpffs(pin_dir.parent)
         try:
             pin_dir.mkdir(exist_ok=True)
             with ExitStack() as stack:

@@ -6,33 +6,38 @@ Programs and the sockhash end with the agent: between the two nothing is traced 
 every byte passes as if there had never been an agent.
 
 The pins' name carries a hash of the structs: what an agent with other structs has left
-is thrown away, and said to be lost.
+is thrown away, and counted as lost.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from podspan.agent.errors import KernelError
 from podspan.agent.kernel import program, syscall
+from podspan.agent.kernel.guard import require_bpffs
 from podspan.agent.kernel.syscall import BpfError
 
 if TYPE_CHECKING:
     from bcc import BPF
 
 PREFIX: Final = "state_"
-TABLES: Final = ("connections", "servings", "exchanges")
+TABLES: Final = ("connections", "servings", "roaming", "exchanges")
 
 # The headers that declare what is pinned.
 STRUCTS: Final = ("scanner.h", "exchange.h", "connection.h")
+
+# What the descriptors of event loops are called in /proc/PID/fd.
+LOOPS: Final = ("anon_inode:[eventpoll]", "anon_inode:[io_uring]")
 
 # What stat(5) counts in.
 TICK_NS: Final = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -57,6 +62,32 @@ class Inherited:
         return " ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
+@contextmanager
+def only_agent(pin_dir: Path) -> Iterator[None]:
+    """Hold the node's place for an agent: two would each take half of what passes.
+
+    Raises KernelError where another agent is running.
+    """
+    require_bpffs(pin_dir.parent)
+    try:
+        pin_dir.mkdir(exist_ok=True)
+        fd = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as exc:
+        raise KernelError(f"cannot open {pin_dir}: {exc.strerror}") from exc
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise KernelError(
+            f"another agent is running on this node: it holds {pin_dir}",
+            hint="stop it first; a DaemonSet has to update with maxSurge: 0",
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
 class State:
     """The pinned tables; `inherit` once, then `pin`."""
 
@@ -69,6 +100,7 @@ class State:
         )
         self._entry = bpf[b"connections"].Leaf
         self._serving = bpf[b"servings"].Leaf
+        self._copied: set[int] = set()  # cookies
 
     def inherit(self, take_record: Callable[[int], None]) -> Inherited:
         """Copy what an earlier agent has left; `take_record` gets a record's address.
@@ -84,8 +116,19 @@ class State:
                 return self._copy(fds, records)
         except BpfError as exc:
             if exc.errno == errno.ENOENT:
-                return Inherited()
+                return Inherited(lost=self._left_by_others())
             raise KernelError(f"cannot read what an agent has left: {exc}") from exc
+
+    def _left_by_others(self) -> int:
+        """Count the connections that agents with other structs have followed."""
+        count = 0
+        for table in self._pin_dir.glob(f"{PREFIX}*/connections"):
+            fd = syscall.obj_get(table)
+            try:
+                count += sum(1 for _ in syscall.map_items(fd))
+            finally:
+                os.close(fd)
+        return count
 
     def pin(self) -> None:
         """Let the tables outlive this process; remove what other versions pinned."""
@@ -107,8 +150,8 @@ class State:
         lost = 0
         for key, value in syscall.map_items(fd):
             entry = self._entry.from_buffer_copy(value)
-            if entry.inherited and entry.cookie not in cookies:
-                lost += bool(entry.open)
+            if entry.cookie in self._copied and entry.cookie not in cookies:
+                lost += bool(entry.open or entry.tcp)
                 syscall.map_delete(fd, key)
         return lost
 
@@ -126,14 +169,18 @@ class State:
             try:
                 syscall.map_update(connections, key, bytes(entry))
             except BpfError:  # fewer connections are allowed now
-                lost += bool(entry.open)
+                lost += bool(entry.open or entry.tcp)
                 continue
+            self._copied.add(entry.cookie)
             copied += 1
-            under_way += bool(entry.open)
+            under_way += bool(entry.open or entry.tcp)
+        for key, _ in syscall.map_items(fds["roaming"]):
+            if Path(f"/proc/{int.from_bytes(key, 'little')}").exists():
+                syscall.map_update(program.map_fd(self._bpf, "roaming"), key, b"\1")
         for key, value in syscall.map_items(fds["servings"]):
             serving = self._serving.from_buffer_copy(value)
             thread = int.from_bytes(key, "little")
-            if _is_still_there(thread, serving.since_ns):
+            if _is_still_there(thread, serving.since_ns) and not _loops(thread >> 32):
                 syscall.map_update(servings, key, value)
         return Inherited(copied, under_way, records, lost)
 
@@ -150,6 +197,19 @@ def _is_still_there(thread: int, since_ns: int) -> bool:
     # Field 22, counted behind the name, which may hold blanks and parentheses.
     started_ns = int(stat[stat.rindex(")") + 2 :].split()[19]) * TICK_NS
     return started_ns <= since_ns + TICK_NS
+
+
+def _loops(pid: int) -> bool:
+    """Whether a process has an event loop: what it took meanwhile is not known."""
+    try:
+        fds = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return True
+    for fd in fds:
+        with suppress(OSError):  # closed meanwhile
+            if str(fd.readlink()) in LOOPS:
+                return True
+    return False
 
 
 def _drain(ring: int, take_record: Callable[[int], None]) -> int:

@@ -11,7 +11,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from podspan.agent.kernel import grammar, program, selftest, syscall
 from podspan.agent.kernel.enrol import Enrolment, enrol_existing
 from podspan.agent.kernel.guard import PIN_DIR, Guard
 from podspan.agent.kernel.options import Options
-from podspan.agent.kernel.state import Inherited, State
+from podspan.agent.kernel.state import Inherited, State, only_agent
 from podspan.agent.pods.sockets import Connection, find_connections
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ KPROBES = (
     (b"tcp_cleanup_rbuf", b"receive_copied", True),
 )
 
+# System calls with which event loops wait; which there are depends on the processor.
+WAITS = (b"epoll_wait", b"epoll_pwait", b"epoll_pwait2", b"io_uring_enter")
+
 # Our programs at a function's return.
 RETURNS = {b"connect_entry": b"connect_return"}
 
@@ -88,6 +91,7 @@ class Programs:
         """Compile, fill the tables, verify. Nothing is attached yet."""
         self._stack = ExitStack()
         self._sampling = options.sampling
+        self.old_sockets_left_out = 0
         settings = {**SETTINGS, **options.defines(), "MAX_CONNECTIONS": max_connections}
         self.bpf: BPF = program.load("tracer.c", settings)
         self._stack.callback(self.bpf.cleanup)
@@ -117,7 +121,11 @@ class Programs:
 
     def attach_kprobes(self) -> None:
         """See what sockets send and receive."""
-        for function, name, everywhere in KPROBES:
+        waits = ((self.bpf.get_syscall_fnname(call), b"turn_ends") for call in WAITS)
+        for function, name, everywhere in (
+            *KPROBES,
+            *((function, name, False) for function, name in waits),
+        ):
             if not everywhere and self.bpf.ksymname(function) < 0:
                 continue
             try:
@@ -164,12 +172,15 @@ class Programs:
             self._connection.from_buffer_copy(value).cookie
             for _, value in syscall.map_items(program.map_fd(self.bpf, "connections"))
         }
-        for cookie, is_server in accepted.items():
-            if cookie not in followed:
-                role = Role.SERVER if is_server else Role.CLIENT
-                self._write(
-                    "old_sockets", struct.pack("=Q", cookie), OLD_SOCKET.pack(role)
+        table = program.map_fd(self.bpf, "old_sockets")
+        for cookie in accepted.keys() - followed:
+            role = Role.SERVER if accepted[cookie] else Role.CLIENT
+            try:
+                syscall.map_update(
+                    table, struct.pack("=Q", cookie), OLD_SOCKET.pack(role)
                 )
+            except syscall.BpfError:  # as many as the table holds
+                self.old_sockets_left_out += 1
 
     def set_roaming(self, come: Iterable[int], gone: Iterable[int]) -> None:
         """Processes (the kernel's tgid) of which no thread is anybody's parent."""
@@ -229,10 +240,14 @@ class Tracer:
         max_connections: int,
         options: Options,
         netns: frozenset[int] | None,
+        roaming: Collection[int],
         on_exchange: Callable[[Exchange], None],
         on_warning: Callable[[str], None],
     ) -> None:
-        """`netns` None traces every namespace but the agent's own."""
+        """`netns` None traces every namespace but the agent's own.
+
+        `roaming`: as `set_roaming`, from the first exchange on.
+        """
         self.engine = "off"
         self.engine_reason = "not tried"
         self.inherited = Inherited()
@@ -240,6 +255,7 @@ class Tracer:
         self._max_connections = max_connections
         self._options = options
         self._netns = netns
+        self._roaming = roaming
         self._on_exchange = on_exchange
         self._on_warning = on_warning
         self._stack = ExitStack()
@@ -254,6 +270,7 @@ class Tracer:
         """Load, try, attach; on failure nothing stays behind."""
         require_kprobes()
         with ExitStack() as stack:
+            stack.enter_context(only_agent(PIN_DIR))
             self._programs = Programs(self._max_connections, self._options)
             stack.callback(self._programs.close)
             self._own_netns = Path("/proc/self/ns/net").stat().st_ino
@@ -265,6 +282,7 @@ class Tracer:
             stack.callback(self._guard.close)
             state = State(self._programs.bpf, PIN_DIR)
             self.inherited = state.inherit(self._take_inherited)
+            self._programs.set_roaming(self._roaming, ())
             self._programs.attach_kprobes()
             if self._netns is None:
                 self._programs.set_other_policy(self._what)
@@ -321,6 +339,7 @@ class Tracer:
             for reason, count in self._programs.losses().items()
         }
         losses["restart"] += self._lost_by_restart
+        losses["connections_full"] += self._programs.old_sockets_left_out
         return losses
 
     @property

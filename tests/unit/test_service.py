@@ -63,9 +63,12 @@ class FakeTracer:
         self.attached = False
         self.ended = False
 
-    def __call__(self, *, max_connections, options, netns, on_exchange, on_warning):
+    def __call__(
+        self, *, max_connections, options, netns, roaming, on_exchange, on_warning
+    ):
         self.max_connections = max_connections
         self.options = options
+        self.roaming = set(roaming)
         self.netns = netns
         self.on_exchange = on_exchange
         self.on_warning = on_warning

@@ -291,6 +291,53 @@ listener.accept()
 """
 
 
+# One request at a time: calls the back end in the turn that read it, or in a later one.
+EVENT_LOOP = """
+import select, socket, sys
+host, back, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+listener = socket.create_server((host, 0))
+print(listener.getsockname()[1], flush=True)
+with select.epoll() as epoll:
+    sock, _ = listener.accept()
+    epoll.register(sock, select.EPOLLIN)
+    while epoll.poll():
+        request = sock.recv(65536)
+        if not request:
+            break
+        turn = request.split()[1].rpartition(b"/")[2].decode()
+        if turn == "later":
+            epoll.poll(0.05)
+        with socket.create_connection((back, port)) as up:
+            head = f"GET /loop-inner/{turn} HTTP/1.1\\r\\nhost: b\\r\\n\\r\\n"
+            up.sendall(head.encode())
+            up.recv(65536)
+        sock.sendall(b"HTTP/1.1 204 No Content\\r\\n\\r\\n")
+"""
+
+
+def test_what_an_event_loop_serves_ends_with_its_turn(agent: Agent) -> None:
+    """After epoll_wait(2) the loop may call for anybody: a timer, another client."""
+    with serving(BACK) as back:
+        command = [sys.executable, "-c", EVENT_LOOP, FRONT.ipv4, back.address]
+        with subprocess.Popen(
+            FRONT.command(*command, str(back.port)), stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            front = Server(FRONT, FRONT.ipv4, int(process.stdout.readline()))
+            with connected(front) as sock:
+                for turn in ("same", "later", "same-again"):
+                    sock.sendall(head_of(front, f"/loop-outer/{turn}"))
+                    read_response(sock, bodiless=True)
+            spans = agent.spans_of("/loop-", back, FRONT)
+            process.kill()
+    inner = {
+        s["tags"]["http.url"].rpartition("/")[2]: s["tags"]["podspan.link"]
+        for s in spans
+        if s["kind"] == "CLIENT" and "/loop-inner/" in s["tags"]["http.url"]
+    }
+    assert inner == {"same": "thread", "later": "none", "same-again": "thread"}
+
+
 def test_a_connection_given_up_is_nobodys_parent(agent: Agent) -> None:
     """A response with bare line feeds: the connection is not followed any longer."""
     with serving(BACK) as back:

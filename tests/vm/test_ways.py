@@ -26,8 +26,10 @@ def send_all(sock: socket.socket, head: bytes, body: bytes) -> None:
 
 
 def send_by_bytes(sock: socket.socket, head: bytes, body: bytes) -> None:
-    for i in range(len(head)):
+    """All but the line end at which headers are inserted."""
+    for i in range(len(head) - 2):
         sock.send(head[i : i + 1])
+    sock.sendall(head[-2:])
     sock.sendall(body)
 
 
