@@ -495,8 +495,11 @@ def test_http_1_0_and_absolute_form(agent: Agent) -> None:
 
 @contextmanager
 def losing_every(nth: int, pod: Pod, port: int) -> Iterator[None]:
-    """Of the packets that the pod sends from this port, every nth gets lost."""
-    rule = ["OUTPUT", "-p", "tcp", "--sport", str(port), "-m", "statistic"]
+    """Of the packets that reach the pod from this port, every nth gets lost.
+
+    Not where they are sent: there TCP is told, and waits instead of sending again.
+    """
+    rule = ["INPUT", "-p", "tcp", "--sport", str(port), "-m", "statistic"]
     rule += ["--mode", "nth", "--every", str(nth), "--packet", "0", "-j", "DROP"]
 
     def iptables(action: str) -> None:
@@ -527,7 +530,7 @@ def test_retransmits_are_counted_where_they_happen(agent: Agent) -> None:
 
     with talking(talk) as server:
         with connected(server) as sock:
-            with losing_every(5, FRONT, server.port):
+            with losing_every(5, CLIENT, server.port):
                 sock.sendall(head_of(server, "/lossy/1"))
                 assert len(read_response(sock)) == len(head + body)
             sock.sendall(head_of(server, "/lossless/1"))
