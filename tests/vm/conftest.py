@@ -181,7 +181,13 @@ class Agent:
 
 
 def spans_with(spans: list[Json], token: str) -> list[Json]:
-    return [span for span in spans if token in span["tags"].get("http.url", "")]
+    return [span for span in spans if token in url_of(span)]
+
+
+def url_of(span: Json) -> str:
+    """By either convention; "" of what is not HTTP."""
+    tags = span["tags"]
+    return str(tags.get("http.url") or tags.get("url.full") or tags.get("url.path", ""))
 
 
 def wait_for(

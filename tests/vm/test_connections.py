@@ -74,6 +74,27 @@ def read_until_end(sock: socket.socket) -> bytes:
     return received
 
 
+@contextmanager
+def losing_every(nth: int, pod: Pod, port: int) -> Iterator[None]:
+    """Of the packets that reach the pod from this port every nth gets lost; 1: all.
+
+    Not where they are sent: there TCP is told, and waits instead of sending again.
+    """
+    rule = ["INPUT", "-p", "tcp", "--sport", str(port), "-m", "statistic"]
+    rule += ["--mode", "nth", "--every", str(nth), "--packet", "0", "-j", "DROP"]
+
+    def iptables(action: str) -> None:
+        command = pod.command("iptables", action, *rule)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    iptables("-A")
+    try:
+        yield
+    finally:
+        iptables("-D")
+
+
 def spans_at(agent: Agent, server: Server, count: int) -> list[Json]:
     """The spans of the connections to this server's port, `count` of them."""
 
@@ -452,6 +473,49 @@ def test_a_request_without_a_response(agent: Agent) -> None:
     assert {s["tags"]["error"] for s in spans} == {"true"}
 
 
+def test_a_peer_that_vanishes_is_an_error_with_its_reason(agent: Agent) -> None:
+    """The kernel gives up: ETIMEDOUT, by TCP_USER_TIMEOUT (tcp(7))."""
+
+    def talk(sock: socket.socket) -> None:
+        read_head(sock)
+        sock.sendall(OK)
+        read_until_end(sock)
+
+    with talking(talk) as server:
+        with connected(server) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 500)
+            sock.sendall(head_of(server, "/vanished/1"))
+            read_response(sock)
+            with losing_every(1, CLIENT, server.port):
+                sock.sendall(head_of(server, "/vanished/2"))
+                with pytest.raises(OSError, match="timed out") as caught:
+                    sock.recv(1)
+                assert caught.value.errno == errno.ETIMEDOUT
+        (span,) = [
+            s
+            for s in spans_at(agent, server, 3)
+            if s["kind"] == "CLIENT" and s["tags"]["http.url"].endswith("/2")
+        ]
+    assert span["tags"]["podspan.error"] == "ETIMEDOUT"
+    assert span["tags"]["error"] == "true"
+
+
+def test_a_connect_that_times_out_is_an_error_with_its_reason(agent: Agent) -> None:
+    with CLIENT.inside(), socket.socket() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, 1)
+        # An address of the wire's network that nobody has.
+        error = sock.connect_ex(("10.98.0.98", 80))
+    with serving(FRONT) as marker:
+        agent.spans_of("nothing", marker)
+    (span,) = [
+        s for s in agent.all_spans() if s["remoteEndpoint"].get("ipv4") == "10.98.0.98"
+    ]
+    assert error in (errno.ETIMEDOUT, errno.EHOSTUNREACH)
+    assert span["tags"]["podspan.error"] == errno.errorcode[error]
+    assert span["tags"]["error"] == "true"
+    assert span["duration"] > 500_000
+
+
 def test_responses_without_a_request_end_the_tracing_of_a_connection(
     agent: Agent,
 ) -> None:
@@ -491,27 +555,6 @@ def test_http_1_0_and_absolute_form(agent: Agent) -> None:
     assert {s["tags"]["http.protocol"] for s in spans} == {"HTTP/1.0"}
     assert {s["tags"]["response_size"] for s in spans} == {"13"}
     assert {s["tags"]["podspan.end"] for s in spans} == {"eof"}
-
-
-@contextmanager
-def losing_every(nth: int, pod: Pod, port: int) -> Iterator[None]:
-    """Of the packets that reach the pod from this port, every nth gets lost.
-
-    Not where they are sent: there TCP is told, and waits instead of sending again.
-    """
-    rule = ["INPUT", "-p", "tcp", "--sport", str(port), "-m", "statistic"]
-    rule += ["--mode", "nth", "--every", str(nth), "--packet", "0", "-j", "DROP"]
-
-    def iptables(action: str) -> None:
-        command = pod.command("iptables", action, *rule)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-
-    iptables("-A")
-    try:
-        yield
-    finally:
-        iptables("-D")
 
 
 def test_retransmits_are_counted_where_they_happen(agent: Agent) -> None:

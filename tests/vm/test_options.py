@@ -20,6 +20,7 @@ from vm.conftest import (
     head_of,
     read_response,
     serving,
+    url_of,
 )
 from vm.test_connections import read_head, spans_at, talking
 
@@ -54,20 +55,7 @@ def halves(spans: list[Json], path: str) -> tuple[Json, Json]:
 
 
 def path_of(span: Json) -> str:
-    tags = span["tags"]
-    url = tags.get("url.full", "")
-    return str(tags.get("url.path") or re.sub(r"^http://[^/]*", "", url))
-
-
-def spans_below(agent: Agent, server: Server, token: str) -> list[Json]:
-    """As agent.spans_of, by OpenTelemetry's tags."""
-    deadline = time.monotonic() + 60
-    marker = f"/marker-{token}"
-    fetch(server, marker)
-    while sum(path_of(s) == marker for s in agent.all_spans()) < 2:
-        assert time.monotonic() < deadline, agent.log()
-        time.sleep(0.05)
-    return [s for s in agent.all_spans() if path_of(s).startswith(f"/{token}")]
+    return re.sub(r"^http://[^/]*", "", url_of(span))
 
 
 def test_servers_have_ids_of_their_own_and_are_the_parents_of_their_calls(
@@ -97,7 +85,7 @@ def test_servers_have_ids_of_their_own_and_are_the_parents_of_their_calls(
         with serving(FRONT, answer) as front:
             fetch(front, "/child-silent")
             fetch(front, "/child-forwarding")
-            spans = spans_below(child_agent, front, "child")
+            spans = child_agent.spans_of("/child-", front)
     for path in ("/child-silent", "/child-forwarding"):
         client, server = halves(spans, path)
         assert "parentId" not in client
@@ -115,7 +103,7 @@ def test_servers_have_ids_of_their_own_and_are_the_parents_of_their_calls(
 def test_every_form_of_the_context_says_the_same(child_agent: Agent) -> None:
     with serving(FRONT) as front:
         fetch(front, "/forms/1")
-        client, _ = halves(spans_below(child_agent, front, "forms"), "/forms/1")
+        client, _ = halves(child_agent.spans_of("/forms/", front), "/forms/1")
         (request,) = [r for r in front.requests if r.path == "/forms/1"]
     headers = request.headers
     trace_id, span_id = client["traceId"], client["id"]
@@ -127,7 +115,7 @@ def test_every_form_of_the_context_says_the_same(child_agent: Agent) -> None:
 def test_opentelemetrys_names_and_tags(child_agent: Agent) -> None:
     with serving(FRONT) as front:
         fetch(front, "/semconv/1?a=b")
-        spans = spans_below(child_agent, front, "semconv")
+        spans = child_agent.spans_of("/semconv/", front)
     client, server = (next(s for s in spans if s["kind"] == k) for k in KINDS)
     assert client["name"] == server["name"] == "GET"
     assert client["tags"]["url.full"].endswith("/semconv/1?a=b")
@@ -252,11 +240,7 @@ def test_a_rate_takes_whole_traces(sampling_agent: Agent) -> None:
 
 
 def urls(agent: Agent, token: str) -> list[str]:
-    paths = (
-        re.sub(r"^http://[^/]*", "", span["tags"].get("http.url", ""))
-        for span in agent.all_spans()
-    )
-    return [path for path in paths if token in path]
+    return [path for path in map(path_of, agent.all_spans()) if token in path]
 
 
 def binomial_bounds(n: int, p: float, outside: float = 0.001) -> tuple[int, int]:
