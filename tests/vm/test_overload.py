@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 
-from vm.conftest import CLIENT, FRONT, Agent, Request, Server, serving
+from vm.conftest import CLIENT, FRONT, Agent, Request, Server, serving, wait_for
 
 # The ring holds some 11,000 records; a call leaves two.
 CALLS = 7000
@@ -58,6 +58,8 @@ def test_an_agent_that_does_not_come_to_reading_counts_what_it_misses(
             ab(server, CALLS, "-k")
         finally:
             agent.process.send_signal(signal.SIGCONT)
+        # Before there is room in the ring, the marker's records would be lost as well.
+        wait_for(lambda: sum(spans_by_end(agent).values()) > 0, "reading goes on")
         agent.spans_of("/overload", server)
         served = sum(r.path == "/overload" for r in server.requests)
         agent.stop()
