@@ -235,9 +235,14 @@ class Sink:
         """Called from within bcc's C code, which swallows exceptions: keep them."""
         self.exchanges += 1
         try:
-            service = self._names.name(exchange.netns, exchange.comm)
-            offset_ns = self._clock.offset_ns
-            span = span_of(exchange, service, offset_ns, self._options)
+            netns = exchange.netns
+            span = span_of(
+                exchange,
+                self._names.name(netns, exchange.comm),
+                self._clock.offset_ns,
+                self._options,
+                self._names.pod(netns),
+            )
             if span is None:
                 return
             self._lot.append(span)

@@ -11,6 +11,7 @@ from json.encoder import encode_basestring_ascii as _quoted
 
 from podspan.agent.b3 import trace_id_text
 from podspan.agent.exchange import FLAG_SAMPLED, Exchange, Protocol, Role
+from podspan.agent.pods.pod import Pod
 from podspan.agent.tags import CONVENTIONS
 from podspan.agent.url import TARGET_CUT, request_url
 
@@ -59,11 +60,12 @@ def span_of(
     service: str,
     offset_ns: int,
     options: SpanOptions = DEFAULT_OPTIONS,
+    pod: Pod | None = None,
 ) -> Span | None:
     """Return the span of an exchange; None if it is not to be recorded.
 
     `service` is the name of this end, `offset_ns` what CLOCK_MONOTONIC lacks to the
-    time since 1970.
+    time since 1970, `pod` that of this end, where it is known.
     """
     role = exchange.role
     if not exchange.flags & FLAG_SAMPLED or role is Role.UNKNOWN:
@@ -96,6 +98,9 @@ def span_of(
             called = url.authority.service
         if 0 < exchange.response_last_ns == end_ns and role in convention.LAST_BYTE:
             annotations = ((end_us, convention.LAST_BYTE[role]),)
+
+    if pod is not None:
+        tags |= convention.pod(pod)
 
     return Span(
         trace_id_text(exchange.trace_id),

@@ -41,9 +41,13 @@ class ServiceNames:
         self._names: dict[int, str] = {}
         self._read_at_s = -REFRESH_S + monotonic_s()
 
+    def pod(self, netns: int) -> Pod | None:
+        """Return the pod whose namespace this is, where that is known."""
+        return self._pods_by_netns().get(netns)
+
     def name(self, netns: int, comm: str) -> str:
         """Return the service that lives in a namespace; by default `comm`."""
-        pod = self._pods_by_netns().get(netns)
+        pod = self.pod(netns)
         if pod is not None:
             return pod.service
         name = self._names.get(netns)

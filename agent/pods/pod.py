@@ -9,7 +9,7 @@ label that Istio's canonical service goes by.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 SAMPLING = "podspan.io/sampling"
@@ -19,6 +19,19 @@ SERVICE_LABELS = (
     "app",
     "app.kubernetes.io/name",
 )
+
+# Istio's canonical service and revision: istio/istio, pkg/model/proxy labels.
+CANONICAL_LABELS = (
+    "service.istio.io/canonical-name",
+    "app.kubernetes.io/name",
+    "app",
+)
+REVISION_LABELS = (
+    "service.istio.io/canonical-revision",
+    "app.kubernetes.io/version",
+    "version",
+)
+NO_REVISION = "latest"
 
 # A static pod's cgroup has the uid that the kubelet made up, which the API knows as
 # this annotation of the mirror pod (Kubernetes, pkg/kubelet/types/pod_update.go).
@@ -43,6 +56,7 @@ FIELDS = frozenset(
         "generateName",
         "labels",
         *SERVICE_LABELS,
+        *REVISION_LABELS,
         *TEMPLATE_HASHES,
         "annotations",
         SAMPLING,
@@ -72,6 +86,8 @@ class Pod:
     cgroup_uid: str  # `uid`, but for static pods
     host_network: bool
     ips: tuple[str, ...]
+    canonical_service: str
+    canonical_revision: str
 
 
 def pod_of(fields: object) -> Pod | None:
@@ -83,7 +99,7 @@ def pod_of(fields: object) -> Pod | None:
     namespace = _text(metadata.get("namespace")) or "default"
     labels = _mapping(metadata.get("labels"))
     annotations = _mapping(metadata.get("annotations"))
-    named = next(filter(None, (_text(labels.get(key)) for key in SERVICE_LABELS)), "")
+    workload = _workload(metadata, labels) or name
     sampling, complaint = None, ""
     if SAMPLING in annotations:
         text = _text(annotations[SAMPLING])
@@ -99,7 +115,7 @@ def pod_of(fields: object) -> Pod | None:
         uid=uid,
         name=name,
         namespace=namespace,
-        service=f"{named or _workload(metadata, labels) or name}.{namespace}",
+        service=f"{_first(labels, SERVICE_LABELS) or workload}.{namespace}",
         sampling=sampling,
         complaint=complaint,
         cgroup_uid=_text(annotations.get(STATIC_UID)) or uid,
@@ -107,6 +123,8 @@ def pod_of(fields: object) -> Pod | None:
         ips=tuple(
             filter(None, (_text(_mapping(entry).get("ip")) for entry in addresses))
         ),
+        canonical_service=_first(labels, CANONICAL_LABELS) or workload,
+        canonical_revision=_first(labels, REVISION_LABELS) or NO_REVISION,
     )
 
 
@@ -139,6 +157,11 @@ def _workload(metadata: Mapping[str, object], labels: Mapping[str, object]) -> s
             return _JOB_TIME.sub("", name)
         return name
     return ""
+
+
+def _first(labels: Mapping[str, object], keys: Iterable[str]) -> str:
+    """Return the first of these labels that says something; "": none."""
+    return next(filter(None, (_text(labels.get(key)) for key in keys)), "")
 
 
 def _text(value: object) -> str:

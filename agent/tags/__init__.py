@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from podspan.agent.exchange import Exchange, Role
+from podspan.agent.pods.pod import Pod
 from podspan.agent.tags import istio, otel
 from podspan.agent.url import Url
 
@@ -21,6 +22,9 @@ class Convention(Protocol):
     @property
     def LAST_BYTE(self) -> Mapping[Role, str]:  # noqa: N802
         """The annotation for the response's last byte, where there is one."""
+
+    def pod(self, pod: Pod) -> dict[str, str]:
+        """Return the tags that all spans made in this pod have."""
 
     def http(self, exchange: Exchange, url: Url) -> tuple[str, dict[str, str]]:
         """Return name and tags of a request with its response."""

@@ -8,6 +8,7 @@ have the tags that mean something there.
 from __future__ import annotations
 
 from podspan.agent.exchange import End, Exchange, Role
+from podspan.agent.pods.pod import Pod
 from podspan.agent.tags.own import (
     add_own_tags,
     called_address,
@@ -31,6 +32,19 @@ RESPONSE_FLAGS = {
     (Role.SERVER, End.CLOSED_THERE): "DC",
     (Role.SERVER, End.RESET): "DC",
 }
+
+
+def pod(pod: Pod) -> dict[str, str]:
+    """Return what a sidecar tells of its own pod (ISTIO.md section 3)."""
+    namespace = pod.namespace
+    address = pod.ips[0] if pod.ips else ""
+    return {
+        "node_id": f"sidecar~{address}~{pod.name}.{namespace}~"
+        f"{namespace}.svc.cluster.local",
+        "istio.canonical_service": pod.canonical_service,
+        "istio.canonical_revision": pod.canonical_revision,
+        "istio.namespace": namespace,
+    }
 
 
 def http(exchange: Exchange, url: Url) -> tuple[str, dict[str, str]]:

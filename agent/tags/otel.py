@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from podspan.agent.exchange import Exchange, Role
+from podspan.agent.pods.pod import Pod
 from podspan.agent.tags.own import (
     add_own_tags,
     called_address,
@@ -30,6 +31,15 @@ METHODS = frozenset(
 
 OTHER = "_OTHER"
 NAME_OF_OTHER = "HTTP"
+
+
+def pod(pod: Pod) -> dict[str, str]:
+    """Return where the span was made (semconv, resource, Kubernetes)."""
+    return {
+        "k8s.pod.name": pod.name,
+        "k8s.pod.uid": pod.uid,
+        "k8s.namespace.name": pod.namespace,
+    }
 
 
 def http(exchange: Exchange, url: Url) -> tuple[str, dict[str, str]]:

@@ -47,6 +47,30 @@ def test_a_label_names_the_service_before_the_workload(labels, name):
     assert service(owned("DaemonSet", "web", labels=labels)) == name
 
 
+@pytest.mark.parametrize(
+    ("labels", "name", "revision"),
+    [
+        ({}, "web", "latest"),
+        ({APP: "reviews", "version": "v2"}, "reviews", "v2"),
+        # Other than the service above: Istio's canonical service asks `app` last.
+        ({RECOMMENDED: "reviews", APP: "x"}, "reviews", "latest"),
+        ({CANONICAL: "reviews", RECOMMENDED: "x", APP: "y"}, "reviews", "latest"),
+        ({"app.kubernetes.io/version": "v3", "version": "x"}, "web", "v3"),
+        (
+            {
+                "service.istio.io/canonical-revision": "v4",
+                "app.kubernetes.io/version": "x",
+            },
+            "web",
+            "v4",
+        ),
+    ],
+)
+def test_istios_canonical_service_and_revision(labels, name, revision):
+    found = kept(owned("DaemonSet", "web", labels=labels))
+    assert (found.canonical_service, found.canonical_revision) == (name, revision)
+
+
 # Istio's GetDeployMetaFromPod.
 @pytest.mark.parametrize(
     ("kind", "owner", "labels", "name"),

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from podspan.agent.exchange import Exchange
+from podspan.agent.pods.pod import pod_of
 from podspan.agent.span import Endpoint, SpanOptions, span_of, zipkin_json
 from podspan.agent.tags import CONVENTIONS
 from unit.kernel_struct import exchange_record
@@ -17,6 +18,43 @@ SERVER = {"role": 2, "flags": 5, "link": 1}
 def span(options=None, **fields):
     exchange = Exchange.from_kernel(exchange_record(**fields))
     return span_of(exchange, "productpage", OFFSET_NS, options or SpanOptions())
+
+
+# ISTIO.md section 3; OpenTelemetry's semconv, resource, Kubernetes.
+PODS_TAGS = {
+    "istio": {
+        "node_id": "sidecar~10.1.0.2~pod-1.shop~shop.svc.cluster.local",
+        "istio.canonical_service": "reviews",
+        "istio.canonical_revision": "v2",
+        "istio.namespace": "shop",
+    },
+    "otel": {
+        "k8s.pod.name": "pod-1",
+        "k8s.pod.uid": "uid-1",
+        "k8s.namespace.name": "shop",
+    },
+}
+
+
+@pytest.mark.parametrize("tags", PODS_TAGS)
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_span_made_in_a_pod_says_in_which(tags, protocol):
+    fields = {
+        "metadata": {
+            "uid": "uid-1",
+            "name": "pod-1",
+            "namespace": "shop",
+            "labels": {"app": "reviews", "version": "v2"},
+        },
+        "status": {"podIPs": [{"ip": "10.1.0.2"}]},
+    }
+    exchange = Exchange.from_kernel(exchange_record(protocol=protocol))
+    options = SpanOptions(tags=tags)
+    made = span_of(exchange, "reviews.shop", OFFSET_NS, options, pod_of(fields))
+    plain = span_of(exchange, "reviews.shop", OFFSET_NS, options)
+    assert made is not None
+    assert plain is not None
+    assert made.tags == plain.tags | PODS_TAGS[tags]
 
 
 def test_a_client_span():
