@@ -64,8 +64,9 @@ static inline struct connection *served_by(u64 thread)
 	}
 	sock = serving->sock;
 	c = connections.lookup(&sock);
-	if (!c || c->open != OPEN || c->role != ROLE_SERVER || c->request.thread != thread ||
-	    c->request.span_id != serving->span_id)
+	/* What an old connection seems to ask may be a body that looks like a head. */
+	if (!c || c->open != OPEN || c->old || c->role != ROLE_SERVER ||
+	    c->request.thread != thread || c->request.span_id != serving->span_id)
 		return 0;
 	/* Bytes of a response that no hook has seen: it may be long finished. */
 	KERNEL_READ(write_seq, (void *)sock, tcp_sock, write_seq);

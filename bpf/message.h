@@ -32,9 +32,9 @@ static inline void forsake(struct connection *c, u32 reason)
 	if (c->old) {
 		/* Perhaps the middle of a message: see in_step(). */
 		if (++c->tries < OLD_TRIES || !TCP_SPANS) {
-			c->open = NOT_OPEN;
-			if (c->tries == 1)
+			if (c->open || c->tries == 1)
 				lose(LOSS_OLD_CONNECTION);
+			c->open = NOT_OPEN;
 			return;
 		}
 		c->old = 0;
