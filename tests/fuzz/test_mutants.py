@@ -42,8 +42,8 @@ SUBTLE_MUTANTS = {
         "s->seen & (1U << header)",
         "s->length_of[header]",
     ),
-    "a repeated b3 goes unnoticed": ("header > HEADER_B3", "header >= HEADER_B3"),
-    "a repeated traceparent is noted": ("> HEADER_B3", "> HEADER_TRACEPARENT"),
+    "a repeated b3 goes unnoticed": ("header > LAST_HIDDEN", "header >= LAST_HIDDEN"),
+    "a repeated traceparent is noted": ("> LAST_HIDDEN", "> HEADER_TRACEPARENT"),
     "a repeated trace id goes unnoticed": (
         "header < HEADER_TRACE_ID",
         "header <= HEADER_TRACE_ID",
