@@ -184,6 +184,18 @@ def spans_with(spans: list[Json], token: str) -> list[Json]:
     return [span for span in spans if token in url_of(span)]
 
 
+def spans_of_port(agent: Agent, server: "Server") -> list[Json]:
+    """Spans of the connections to this server that have arrived so far."""
+    ours = {"CLIENT": "remoteEndpoint", "SERVER": "localEndpoint"}
+    slack_us = 50_000  # of the agent's reckoning between the kernel's clocks
+    return [
+        span
+        for span in agent.all_spans()
+        if span[ours[span["kind"]]]["port"] == server.port
+        and span["timestamp"] >= server.since_us - slack_us
+    ]
+
+
 def url_of(span: Json) -> str:
     """By either convention; "" of what is not HTTP."""
     tags = span["tags"]
@@ -270,6 +282,8 @@ class Server:
     address: str
     port: int
     requests: list[Request] = field(default_factory=list)
+    # An earlier test's server may have had the same port.
+    since_us: int = field(default_factory=lambda: time.time_ns() // 1000)
 
 
 def _ok(request: Request) -> bytes:

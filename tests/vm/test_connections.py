@@ -22,6 +22,7 @@ from vm.conftest import (
     head_of,
     read_response,
     serving,
+    spans_of_port,
     wait_for,
 )
 
@@ -97,19 +98,14 @@ def losing_every(nth: int, pod: Pod, port: int) -> Iterator[None]:
 
 def spans_at(agent: Agent, server: Server, count: int) -> list[Json]:
     """The spans of the connections to this server's port, `count` of them."""
-
-    def at_port() -> list[Json]:
-        return [
-            span
-            for span in agent.all_spans()
-            if server.port
-            in (span["localEndpoint"]["port"], span["remoteEndpoint"]["port"])
-        ]
-
-    wait_for(lambda: len(at_port()) >= count, f"{count} spans", agent.process)
+    wait_for(
+        lambda: len(spans_of_port(agent, server)) >= count,
+        f"{count} spans",
+        agent.process,
+    )
     with serving(FRONT) as marker:
         agent.spans_of("nothing", marker)
-    spans = at_port()
+    spans = spans_of_port(agent, server)
     assert len(spans) == count, spans
     return spans
 

@@ -20,6 +20,7 @@ from vm.conftest import (
     head_of,
     read_response,
     serving,
+    spans_of_port,
     url_of,
 )
 from vm.test_connections import read_head, spans_at, talking
@@ -160,11 +161,7 @@ def ended_spans_at(agent: Agent, server: Server) -> list[Json]:
     """All spans of the one connection to this port, once both ends have closed."""
     deadline = time.monotonic() + 60
     while True:
-        spans = [
-            s
-            for s in agent.all_spans()
-            if server.port in (s["localEndpoint"]["port"], s["remoteEndpoint"]["port"])
-        ]
+        spans = spans_of_port(agent, server)
         if sum(s["tags"]["podspan.end"].startswith("closed") for s in spans) == 2:
             return spans
         assert time.monotonic() < deadline, spans
