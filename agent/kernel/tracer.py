@@ -61,8 +61,9 @@ KPROBES = (
     (b"tcp_cleanup_rbuf", b"receive_copied", True),
 )
 
-# System calls with which event loops wait; which there are depends on the processor.
-WAITS = (b"epoll_wait", b"epoll_pwait", b"epoll_pwait2", b"io_uring_enter")
+# System calls with which event loops wait, and what each processor puts before the name.
+WAITS = ("epoll_wait", "epoll_pwait", "epoll_pwait2", "io_uring_enter")
+SYSCALL_PREFIXES = ("__x64_sys_", "__arm64_sys_")
 
 # Our programs at a function's return.
 RETURNS = {b"connect_entry": b"connect_return"}
@@ -121,12 +122,13 @@ class Programs:
 
     def attach_kprobes(self) -> None:
         """See what sockets send and receive."""
-        waits = ((self.bpf.get_syscall_fnname(call), b"turn_ends") for call in WAITS)
-        for function, name, everywhere in (
-            *KPROBES,
-            *((function, name, False) for function, name in waits),
-        ):
-            if not everywhere and self.bpf.ksymname(function) < 0:
+        waits = [
+            f"{prefix}{call}".encode() for prefix in SYSCALL_PREFIXES for call in WAITS
+        ]
+        hooks = [*KPROBES, *((function, b"turn_ends", False) for function in waits)]
+        there = kernel_functions({function for function, _, _ in hooks})
+        for function, name, everywhere in hooks:
+            if not everywhere and function not in there:
                 continue
             try:
                 self.bpf.attach_kprobe(event=function, fn_name=name)
@@ -407,6 +409,15 @@ class Tracer:
         self._taken += 1
         # libbpf reads on while records come; a negative answer ends that.
         return -1 if self._taken >= POLL_MAX else 0
+
+
+def kernel_functions(wanted: Collection[bytes]) -> frozenset[bytes]:
+    """Return which of these functions the running kernel has.
+
+    Read line by line: bcc would keep all 200,000 names, 20 MB of them.
+    """
+    with Path("/proc/kallsyms").open("rb") as lines:
+        return frozenset(name for line in lines if (name := line.split()[2]) in wanted)
 
 
 def require_kprobes() -> None:
