@@ -61,7 +61,7 @@ KPROBES = (
     (b"tcp_cleanup_rbuf", b"receive_copied", True),
 )
 
-# System calls with which event loops wait, and what each processor puts before the name.
+# System calls with which event loops wait, and what processors put before the name.
 WAITS = ("epoll_wait", "epoll_pwait", "epoll_pwait2", "io_uring_enter")
 SYSCALL_PREFIXES = ("__x64_sys_", "__arm64_sys_")
 
