@@ -24,6 +24,7 @@ from podspan.agent.kernel.enrol import Enrolment, enrol_existing
 from podspan.agent.kernel.guard import PIN_DIR, Guard
 from podspan.agent.kernel.options import Options
 from podspan.agent.kernel.state import Inherited, State, only_agent
+from podspan.agent.pods.processes import own_netns
 from podspan.agent.pods.sockets import Connection, find_connections
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ class Tracer:
             stack.enter_context(only_agent(PIN_DIR))
             self._programs = Programs(self._max_connections, self._options)
             stack.callback(self._programs.close)
-            self._own_netns = Path("/proc/self/ns/net").stat().st_ino
+            self._own_netns = own_netns()
             self._ring = self._programs.bpf[b"exchanges"]
             self._ring.open_ring_buffer(self._take)
             self._programs.attach_requests()
