@@ -553,18 +553,33 @@ def test_http_1_0_and_absolute_form(agent: Agent) -> None:
     assert {s["tags"]["podspan.end"] for s in spans} == {"eof"}
 
 
+def retransmits_of(sock: socket.socket) -> int:
+    """tcpi_total_retrans of tcp(7)'s struct tcp_info."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int(struct.unpack_from("I", info, 100)[0])
+
+
 def test_retransmits_are_counted_where_they_happen(agent: Agent) -> None:
-    """Of a response: those until its last byte was handed to the kernel."""
+    """Of a response: those until its last bytes are handed to the kernel.
+
+    The kernel may send again also where nothing is lost (a tail loss probe, on a slow
+    machine), so the server asks it before and after each hand-over.
+    """
     body = bytes(400_000)
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
+    seen: list[int] = []
 
     def talk(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
         for _ in range(2):
             read_head(sock)
+            seen.append(retransmits_of(sock))
             sock.sendall(head)
-            for _ in range(20):
+            for _ in range(19):
                 sock.sendall(body[:20_000])
+            seen.append(retransmits_of(sock))
+            sock.sendall(body[:20_000])
+            seen.append(retransmits_of(sock))
         read_until_end(sock)
 
     with talking(talk) as server:
@@ -581,6 +596,6 @@ def test_retransmits_are_counted_where_they_happen(agent: Agent) -> None:
         )
         for s in spans
     }
-    assert counts["SERVER", "lossy/1"] > 0
-    assert counts["SERVER", "lossless/1"] == 0
-    assert counts["CLIENT", "lossless/1"] == 0
+    lossy, lossless = counts["SERVER", "lossy/1"], counts["SERVER", "lossless/1"]
+    assert 0 < seen[1] <= lossy <= seen[2], (seen, counts)
+    assert seen[4] - seen[3] <= lossless <= seen[5] - seen[2], (seen, counts)
