@@ -6,7 +6,7 @@ that enter without context, HTTP/2 and gRPC.
 Pure, bytes in and actions out:
     layer     what a protocol's layer says to the relay
     sniff     a connection's first bytes to its protocol
-    http1     HTTP/1: finds the heads of requests, writes into them, follows both streams
+    http1     HTTP/1: writes into the heads of requests, follows both streams
     http2     HTTP/2 and gRPC
     inject    which headers a context becomes, as the kernel would write them
 

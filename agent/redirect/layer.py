@@ -104,9 +104,10 @@ Action = Send | End | Abort | Skip | Report | Count
 class Layer(Protocol):
     """A protocol's part of one connection.
 
-    Actions are carried out in order. Of `data` every byte is the layer's to send; a Skip
-    speaks of those that are still to come. `received` is not called for bytes under a
-    Skip, and for a side under Skip(None) never again, `ended` and `lost` are.
+    Actions are carried out in order. Of `data` every byte is the layer's to send, a
+    Skip speaks of those that are still to come; one that follows takes its place.
+    `received` is not called for bytes under a Skip, so never again for a side under
+    Skip(None); `ended` and `lost` are.
     """
 
     def received(self, side: Side, data: bytes) -> list[Action]:

@@ -1,0 +1,46 @@
+"""Name the protocol of a redirected connection from its first bytes.
+
+Bytes in, verdict out: the caller owns the socket, the timeout and the replay. The
+verdict is that of the shortest prefix that has one, so it does not depend on cuts.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+
+
+class Protocol(Enum):
+    """Which layer a connection gets."""
+
+    HTTP1 = "http1"
+    HTTP2 = "http2"
+    OPAQUE = "opaque"
+
+
+# RFC 9113 section 3.4: every HTTP/2 client speaks these bytes first.
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+# As agent/http_head.py: a method of at most 16 token characters and a space. Empty
+# lines may come before it (RFC 9112 section 2.2); http1.py does not wait with them.
+_HTTP1 = re.compile(rb"\r\n|[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,16} ")
+_MAY_BECOME_HTTP1 = re.compile(rb"\r|[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,16}")
+
+# What has these as its target cannot but go on with a version of HTTP/1.
+_PREFACE_TARGET = b"PRI * "
+_NO_PREFACE = b"PRI * HTTP/1"
+
+
+def sniff(first: bytes) -> Protocol | None:
+    """Return the protocol, or None while `first` may still become one we know.
+
+    HTTP1 says that it may be HTTP/1 and nothing else that we know: its layer lets pass
+    what turns out to be neither. None is returned for at most 23 bytes.
+    """
+    if first.startswith(HTTP2_PREFACE):
+        return Protocol.HTTP2
+    if HTTP2_PREFACE.startswith(first) or _MAY_BECOME_HTTP1.fullmatch(first):
+        return None
+    if first.startswith(_PREFACE_TARGET) and not first.startswith(_NO_PREFACE):
+        return Protocol.OPAQUE
+    return Protocol.HTTP1 if _HTTP1.match(first) else Protocol.OPAQUE
