@@ -208,13 +208,13 @@ class Http1:
     def _begin_request(self, head: re.Match[bytes], headers: Headers) -> None:
         method = head["method"]
         names = {name.lower() for name, _ in headers}
-        # What follows a CONNECT is no body, whatever it says.
-        is_connect = method == b"CONNECT"
-        framing = _NO_BODY if is_connect else _framing(method, None, head, headers)
+        framing = _framing(method, None, head, headers)
         if len(self._asked) == MAX_PIPELINED:
             raise _Opaque("pipelined")
         self._asked.append(method)
-        self._requests.begin_body(framing)
+        # What follows a CONNECT is no body, whatever it says.
+        is_connect = method == b"CONNECT"
+        self._requests.begin_body(_NO_BODY if is_connect else framing)
         self._wants_tunnel = is_connect or b"upgrade" in names
         self._expects = b"expect" in names and self._requests.in_body
 
