@@ -21,14 +21,15 @@ class Protocol(Enum):
 # RFC 9113 section 3.4: every HTTP/2 client speaks these bytes first.
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
-# As agent/http_head.py: a method of at most 16 token characters and a space. Empty
-# lines may come before it (RFC 9112 section 2.2); http1.py does not wait with them.
-_HTTP1 = re.compile(rb"\r\n|[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,16} ")
-_MAY_BECOME_HTTP1 = re.compile(rb"\r|[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,16}")
-
-# What has these as its target cannot but go on with a version of HTTP/1.
-_PREFACE_TARGET = b"PRI * "
-_NO_PREFACE = b"PRI * HTTP/1"
+# As agent/http_head.py: a method of at most 16 token characters and a space; behind PRI
+# also the byte that the preface does not have there. Empty lines may come before it (RFC
+# 9112 section 2.2); http1.py does not wait with them.
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,16}"
+_TARGET = rb"[\x21-\x7e\x80-\xff]"
+_HTTP1 = re.compile(
+    rb"\r\n|(?!PRI )%b |PRI (?:(?!\*)%b|\*%b|\* HTTP/1)" % (_TOKEN, _TARGET, _TARGET)
+)
+_MAY_BECOME_HTTP1 = re.compile(rb"\r|%b" % _TOKEN)
 
 
 def sniff(first: bytes) -> Protocol | None:
@@ -41,6 +42,4 @@ def sniff(first: bytes) -> Protocol | None:
         return Protocol.HTTP2
     if HTTP2_PREFACE.startswith(first) or _MAY_BECOME_HTTP1.fullmatch(first):
         return None
-    if first.startswith(_PREFACE_TARGET) and not first.startswith(_NO_PREFACE):
-        return Protocol.OPAQUE
     return Protocol.HTTP1 if _HTTP1.match(first) else Protocol.OPAQUE

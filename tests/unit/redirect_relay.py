@@ -1,4 +1,4 @@
-"""A relay without sockets: carries out what a layer says, and holds it to its contract."""
+"""A relay without sockets: carries out what a layer says, and checks the contract."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from podspan.agent.redirect.layer import (
 
 
 class Skipped(NamedTuple):
-    """`count` bytes of `side`, from its byte `at` on, were not to be looked at."""
+    """`size` bytes of `side`, from its byte `at` on, were not to be looked at."""
 
     side: Side
     at: int
-    count: int | None
+    size: int | None
 
 
 class Relay:

@@ -46,7 +46,7 @@ from unit.native.scanner import Native
 from unit.redirect_relay import Relay
 
 # Always the same examples: a failure is a change's, not the day's.
-FUZZ = settings(derandomize=True, deadline=None, max_examples=1500)
+FUZZ = settings(derandomize=True, deadline=None, max_examples=400)
 
 OUTBOUND, INBOUND = Direction.OUTBOUND, Direction.INBOUND
 REQUEST_ID = b"7f1c5b6e-0f5a-9f0e-9c3d-1a2b3c4d5e6f"

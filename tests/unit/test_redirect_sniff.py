@@ -20,6 +20,8 @@ DECIDED = [
     (b"PRI * HTTP/1", HTTP1),
     (b"PRIOR ", HTTP1),
     (HTTP2_PREFACE, HTTP2),
+    (b"PRI \r", OPAQUE),
+    (b"PRI *\r", OPAQUE),
     (b"PRI * x", OPAQUE),
     (b"PRI * HTTP/3", OPAQUE),
     (b"PRI * HTTP/2.1", OPAQUE),
