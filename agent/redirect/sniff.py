@@ -22,7 +22,7 @@ class Protocol(Enum):
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 # As agent/http_head.py: a method of at most 16 token characters and a space; behind PRI
-# also the byte that the preface does not have there. Empty lines may come before it (RFC
+# also the byte that the preface has not there. Empty lines may come before it (RFC
 # 9112 section 2.2); http1.py does not wait with them.
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,16}"
 _TARGET = rb"[\x21-\x7e\x80-\xff]"
