@@ -63,12 +63,12 @@ MALFORMED = [
 BAD_CHUNKS = [
     *(b"\r\n", b"1\na\r\n", b"1\r\nab\r\n", b"g\r\n", b"-1\r\n", b" 1\r\na\r\n"),
     *(b"1;\0\r\na\r\n", b"0\r\nA: b\n\r\n", b"0000000000000001\r\na\r\n", b"1x\r\n"),
-    b"1;" + b"x" * 16384,
+    b"1;" + b"x" * 16384 + b"\r\na\r\n0\r\n\r\n",
 ]
 BAD_RESPONSES = [
     *(b"HTTP/2 200\r\n\r\n", b"\r\nHTTP/1.1 200\r\n\r\n", b"SSH-2.0-x\r\n"),
     b"HTTP/1.1 200\nContent-Length: 0\n\n",
-    b"HTTP/1.1 200\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"HTTP/1.1 200\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     b"HTTP/1.1 200\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
     b"HTTP/1.1 200\r\nTransfer-Encoding: gzip\r\n\r\n",
     b"HTTP/1.0 200\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",

@@ -14,7 +14,15 @@ from podspan.agent.redirect.layer import Send, Side, Skip
 from unit.context_rows import SPAN, TRACE
 from unit.native.stream_model import read_stream
 from unit.redirect_relay import Relay
-from unit.redirect_streams import ALL_LINES, GIVEN, Builder, play
+from unit.redirect_streams import (
+    ALL_LINES,
+    BAD_CHUNKS,
+    BAD_RESPONSES,
+    GIVEN,
+    MALFORMED,
+    Builder,
+    play,
+)
 
 # Always the same examples: a failure is a change's, not the day's.
 FUZZ = settings(derandomize=True, deadline=None, max_examples=400)
@@ -172,6 +180,23 @@ def test_a_head_of_16_kb_is_edited_and_a_longer_one_is_let_pass():
         assert relay.opaque
 
 
+@pytest.mark.parametrize("piece", [1 << 20, 1000])
+def test_no_more_than_16_kb_of_a_head_are_held(piece):
+    head = b"GET / HTTP/1.1\r\nA: ".ljust(MAX_HEAD, b"a")
+    relay = Relay(http1())
+    for at in range(0, MAX_HEAD, piece):
+        relay.feed(DOWN, head[at : min(at + piece, MAX_HEAD)])
+    assert relay.arrived[UP] == b""
+    relay.feed(DOWN, b"a")
+    assert relay.arrived[UP] == head + b"a"
+    assert relay.opaque
+
+
+def test_a_connect_has_no_body():
+    head = b"CONNECT a:1 HTTP/1.1\r\nContent-Length: 7\r\n\r\n"
+    assert http1().received(DOWN, head) == [Send(UP, written(head))]
+
+
 def test_a_slow_head_of_16_kb_costs_no_more_than_its_bytes():
     lines = b"A: b\r\n" * ((MAX_HEAD - 18) // 6)
     head = b"GET / HTTP/1.1\r\n" + lines + b"\r\n"
@@ -231,6 +256,41 @@ def test_a_malformed_head_is_let_pass_at_its_first_wrong_byte(piece):
     first = wrong.index(b"No ") + 3
     if piece == 1:
         assert relay.calls == first
+
+
+def short(wrong):
+    return wrong[-40:].decode("latin-1")
+
+
+@pytest.mark.parametrize("wrong", MALFORMED, ids=short)
+def test_behind_a_malformed_request_nothing_is_written(wrong):
+    relay = Relay(http1())
+    relay.feed(DOWN, GET + wrong + GET)
+    assert relay.arrived[UP] == GET_ARRIVES + wrong + GET
+    assert relay.counts == {"request_unparsed": 1}
+    assert relay.opaque
+
+
+@pytest.mark.parametrize("wrong", BAD_CHUNKS, ids=short)
+def test_behind_a_malformed_chunk_nothing_is_written(wrong):
+    head = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = b"2\r\nab\r\n" + wrong
+    relay = Relay(http1())
+    relay.feed(DOWN, head + body + GET)
+    assert relay.arrived[UP] == written(head) + body + GET
+    assert relay.counts == {"request_unparsed": 1}
+    assert relay.opaque
+
+
+@pytest.mark.parametrize("wrong", BAD_RESPONSES, ids=short)
+def test_behind_a_malformed_response_nothing_is_written(wrong):
+    relay = Relay(http1())
+    relay.feed(DOWN, GET * 2 + GET[:9])
+    relay.feed(UP, OK + wrong)
+    relay.feed(DOWN, GET[9:])
+    assert relay.arrived == {UP: GET_ARRIVES * 2 + GET, DOWN: OK + wrong}
+    assert relay.counts == {"response_unparsed": 1}
+    assert relay.opaque
 
 
 # --- conversations ---
