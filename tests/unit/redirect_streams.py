@@ -7,12 +7,17 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
+from fuzz.generator import Case
 from podspan.agent.exchange import FLAG_SAMPLED, Link
-from podspan.agent.redirect.inject import Given
+from podspan.agent.http_head import Headers
+from podspan.agent.redirect.http1 import Http1
+from podspan.agent.redirect.inject import Direction, Given, Propagation
 from podspan.agent.redirect.layer import Side
 from unit.context_rows import PARENT, PARENT_ID, SPAN, SPAN_ID, TRACE, TRACE_ID
+from unit.native.stream_model import read_stream
 from unit.redirect_relay import Relay
 
 UUID = b"7f1c5b6e-0f5a-9f0e-9c3d-1a2b3c4d5e6f"
@@ -111,6 +116,7 @@ class Conversation:
     )
     known: set[int] = field(default_factory=set)  # offsets of heads with a context
     asked: list[int] = field(default_factory=list)  # offsets of all heads
+    given: list[int] = field(default_factory=list)  # offsets that were asked for
     counts: Counter[str] = field(default_factory=Counter)
     opaque: bool = False
     vague_from: int | None = None  # where what is held is not for the model to say
@@ -118,6 +124,11 @@ class Conversation:
     @property
     def arrives(self) -> bytes:
         return b"".join(part.arrives for part in self.parts)
+
+    def give(self, offset: int, headers: Headers) -> Given | None:
+        """As the layer asks for it."""
+        self.given.append(offset)
+        return GIVEN if offset in self.known else None
 
     def arrived_of(self, size: int) -> bytes:
         """What has arrived when `size` bytes have come from DOWN."""
@@ -153,7 +164,7 @@ class Conversation:
 class Builder:
     """Makes one conversation."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | str) -> None:
         self.rng = random.Random(seed)
         self.it = Conversation()
 
@@ -388,3 +399,37 @@ def play(it: Conversation, relay: Relay, rng: random.Random) -> None:
         if it.vague_from is None or relay.came[Side.DOWN] <= it.vague_from:
             expected = it.arrived_of(relay.came[Side.DOWN])
             assert relay.arrived[Side.UP] == expected
+
+
+def cut(data: bytes, cuts: tuple[int, ...]) -> list[bytes]:
+    places = [0, *cuts, len(data)]
+    return [data[begin:end] for begin, end in pairwise(places) if begin < end]
+
+
+def heads_that_count(case: Case) -> list[int]:
+    """Where the heads end into which may be written, by the scanner's reference."""
+    ends = []
+    for event in read_stream(case.data, is_response=False).events:
+        if event.kind != "head":
+            continue
+        if event.body == "OPAQUE" or (event.body == "CHUNK_FIRST" and event.minor == 0):
+            break
+        ends.append(event.at)
+        if event.method == b"CONNECT":
+            break
+    return ends
+
+
+def edited_heads(case: Case) -> list[int]:
+    """Where the heads end for which the layer asks; it must let pass all else."""
+    offsets: list[int] = []
+
+    def give(offset: int, headers: Headers) -> None:
+        offsets.append(offset)
+
+    relay = Relay(Http1(Direction.OUTBOUND, give, Propagation()))
+    for piece in cut(case.data, case.cuts):
+        relay.feed(Side.DOWN, piece)
+    relay.end(Side.DOWN)
+    assert relay.arrived[Side.UP] == case.data, case
+    return offsets
