@@ -50,7 +50,7 @@ from podspan.agent.redirect.inject import (
 )
 from podspan.agent.redirect.layer import Abort, Action, Count, End, Send, Side, Skip
 
-# Room for 16 requests of each of wrk's pipelines, and no more than a page of memory.
+# More than any client is known to send ahead, and some kilobytes.
 MAX_PIPELINED = 512
 
 _OWS = b" \t"
