@@ -1,9 +1,7 @@
 """What a redirect worker reads from the kernel's programs, and tells them.
 
 The only reader and writer of bpf/handoff.h's tables in user space. The tables come as
-descriptors: a worker inherits them, and needs CAP_BPF to use them where
-kernel.unprivileged_bpf_disabled is set (before Linux 5.19; later ones ask it of none who
-has the descriptor).
+descriptors, which a worker inherits.
 """
 
 from __future__ import annotations
@@ -64,8 +62,7 @@ class Handoff:
     def take(self, tuple_: Tuple, offset: int) -> Given | None:
         """Return the context of the head that ends `offset` bytes into what was sent.
 
-        None where the kernel decided none, or another has taken it. Once it is taken it
-        is gone.
+        None where the kernel decided none. Once taken it is gone.
         """
         key = HANDED_KEY.pack(tuple_.pack(), offset)
         value = syscall.map_lookup(self._handed, key, HANDED.size)
@@ -83,7 +80,7 @@ class Handoff:
         )
 
     def claim(self, tuple_: Tuple) -> None:
-        """Report this connection's exchanges oneself: the kernel makes no TCP record."""
+        """Let the kernel make no TCP record of it: its exchanges are reported here."""
         syscall.map_update(self._claims, tuple_.pack(), YES)
 
     def root(self, netns: int, span_id: int) -> None:

@@ -17,6 +17,7 @@ from podspan.agent.exchange import FLAG_SAMPLED, End, Link, Protocol, Role
 from podspan.agent.kernel import handoff, program, syscall
 from podspan.agent.kernel.handoff import AGENT_MARK, Handoff, Tuple
 from podspan.agent.kernel.tracer import POLICY_REDIRECT, POLICY_TRACE
+from podspan.agent.redirect.inject import Given
 
 kernel_stays_calm = injection_fixtures.kernel_stays_calm
 shared_injection = injection_fixtures.shared_injection
@@ -273,7 +274,7 @@ class TestStructs:
         hand(injection, 123, request_id)
         assert tables.take(TUPLE, 122) is None
         given = tables.take(TUPLE, 123)
-        assert given == handoff.Given(
+        assert given == Given(
             trace_id=HANDED["trace_id_high"] << 64 | HANDED["trace_id_low"],
             span_id=HANDED["span_id"],
             parent_id=HANDED["parent_id"],
