@@ -193,14 +193,17 @@ static inline void client_context(struct connection *c, struct head_context *h)
 	}
 }
 
-/* A worker made this context for a request that had none. Asked once. */
+/* A worker made this context for a request that had none. True once. */
 static inline int is_workers_root(struct connection *c, u64 span_id)
 {
 	struct root_key key = {};
 
 	key.span_id = span_id;
 	key.netns = c->netns;
-	return !roots.delete(&key);
+	if (!roots.lookup(&key))
+		return 0;
+	roots.delete(&key);
+	return 1;
 }
 
 /* A request's head has reached this end: its context, as a server's, and the

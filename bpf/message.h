@@ -184,8 +184,8 @@ static inline int is_method(const u8 *method, u64 word)
 	return *(u64 *)method == word;
 }
 
-/* What is no HTTP/1 request, as its bytes so far show: HTTP/2's preface, RFC 9113 section
- * 3.4? It differs first in "PRI * HTTP/2". */
+/* Its first bytes are no HTTP/1 request. Are they HTTP/2's preface (RFC 9113 section 3.4)?
+ * The last byte of "PRI * HTTP/2" is then where the scanner stopped. */
 static inline void note_http2(struct connection *c)
 {
 	struct http2_key key = {};
@@ -193,7 +193,7 @@ static inline void note_http2(struct connection *c)
 
 	if (c->heads || c->old || c->scan[REQUEST].head_bytes != 12 ||
 	    !is_method(c->request.text.method, TEXT8('P', 'R', 'I', 0, 0, 0, 0, 0)) ||
-	    c->request.text.target[0] != '*')
+	    *(u16 *)c->request.text.target != '*')
 		return;
 	key.netns = c->netns;
 	key.port = c->role == ROLE_SERVER ? c->local_port : c->peer_port;

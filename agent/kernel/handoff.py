@@ -15,7 +15,8 @@ from podspan.agent.exchange import Link, Role
 from podspan.agent.kernel import syscall
 from podspan.agent.redirect.inject import Given
 
-# What the agent's own sockets in pods are marked with: AGENT_MARK of bpf/handoff.h.
+# What the agent's own sockets in pods are marked with. bpf/handoff.h and
+# podspan.init.plan have the same.
 AGENT_MARK: Final = 0x539
 
 TUPLE: Final = struct.Struct("=16s16sIHH")

@@ -16,8 +16,15 @@ from netns.http_peer import DEADLINE_S, FAMILIES, make_head
 from podspan.agent.exchange import FLAG_SAMPLED, End, Link, Protocol, Role
 from podspan.agent.kernel import handoff, program, syscall
 from podspan.agent.kernel.handoff import AGENT_MARK, Handoff, Tuple
-from podspan.agent.kernel.tracer import POLICY_REDIRECT, POLICY_TRACE
+from podspan.agent.kernel.options import Options
+from podspan.agent.kernel.tracer import (
+    POLICY_ENROL,
+    POLICY_REDIRECT,
+    POLICY_TRACE,
+    Tracer,
+)
 from podspan.agent.redirect.inject import Given
+from podspan.init import plan
 
 kernel_stays_calm = injection_fixtures.kernel_stays_calm
 shared_injection = injection_fixtures.shared_injection
@@ -141,6 +148,23 @@ class TestPlan:
                 injection.sample(None)
         assert injection.send(make_head()) != make_head()
 
+    def test_what_failed_its_self_test_is_not_planned_either(self):
+        tracer = Tracer(
+            max_connections=1,
+            options=Options(),
+            netns=None,
+            roaming=(),
+            on_exchange=lambda _: None,
+            on_warning=lambda _: None,
+            plans={1: POLICY_ENROL | POLICY_REDIRECT},
+        )
+        assert tracer.engine == "off"
+        assert tracer._what_in(1) == POLICY_TRACE | POLICY_REDIRECT
+        assert tracer._what_in(2) == POLICY_TRACE
+        tracer.engine = "kernel"
+        assert tracer._what_in(1) == POLICY_TRACE | POLICY_ENROL | POLICY_REDIRECT
+        assert tracer._what_in(2) == POLICY_TRACE | POLICY_ENROL
+
 
 class TestClaim:
     @both_families
@@ -203,6 +227,7 @@ class TestHttp2:
             b"PRI / HTTP/2.0\r\n\r\nSM\r\n\r\n",
             b"PRI * HTTX/2.0\r\n\r\nSM\r\n\r\n",
             b"PRIX * HTTP/2.0\r\n\r\n",
+            b"PRI *hidden\0",
             make_head() + PREFACE,
             NOT_HTTP,
         ],
@@ -307,7 +332,8 @@ class TestStructs:
             info = syscall.map_info(program.map_fd(injection.programs.bpf, name))
             assert (info.key_size, info.value_size) == (key, value), name
 
-    def test_the_mark_is_the_kernels(self):
+    def test_the_mark_is_the_kernels_and_the_rules(self):
+        assert plan.AGENT_MARK == AGENT_MARK
         source = program.read_source("handoff.h")
         assert f"#define AGENT_MARK {AGENT_MARK:#x}\n" in source
 
