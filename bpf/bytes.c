@@ -365,6 +365,8 @@ int bytes_walk(struct pt_regs *ctx)
 	if (s->state == SCAN_HEAD_DONE) {
 		bytes_steps.call(ctx, STEP_HEAD);
 	} else if (s->state == SCAN_OPAQUE) {
+		if (!w->is_response)
+			note_http2(c);
 		forsake(c, w->is_response ? LOSS_RESPONSE_UNPARSED :
 					    LOSS_REQUEST_UNPARSED);
 		if (c->tcp == TCP_WANTED)
@@ -380,6 +382,34 @@ again:
 unreadable:
 	forsake(c, LOSS_BYTES_UNREADABLE);
 	return 0;
+}
+
+/* The worker that carries this connection writes what request.c would have written. It
+ * gets the head only after this, however the connection is redirected. */
+static inline void hand_over(struct connection *c, u64 left)
+{
+	struct scanner *s = &c->scan[REQUEST];
+	struct request *q = &c->request;
+	struct handed_key key = {};
+	struct handed given = {};
+
+	if (!c->whole || !(what_to_do(c->netns) & POLICY_REDIRECT))
+		return;
+	if (!HAS(s, HEADER_REQUEST_ID)) {
+		make_request_id(q, s);
+		__builtin_memcpy(given.request_id, q->text.request_id,
+				 sizeof(given.request_id));
+	}
+	given.trace_id_high = q->trace_id_high;
+	given.trace_id_low = q->trace_id_low;
+	given.span_id = q->span_id;
+	given.parent_id = q->parent_id;
+	given.link = q->link;
+	given.flags = q->flags;
+	tuple_of(&key.tuple, c);
+	key.offset = c->sent - left;
+	if (!handed.update(&key, &given))
+		q->flags |= FLAG_INJECTED;
 }
 
 /* A head is complete: what it means, and what follows it. */
@@ -409,6 +439,8 @@ int bytes_head(struct pt_regs *ctx)
 		else
 			client_context(c, &h);
 		scan_body(s, 0);
+		if (c->role == ROLE_CLIENT && s->state != SCAN_OPAQUE)
+			hand_over(c, w->left);
 	}
 	if (s->state == SCAN_OPAQUE) {
 		if (!w->is_response)

@@ -9,6 +9,7 @@
 #define PODSPAN_CONNECTION_H
 
 #include "exchange.h"
+#include "handoff.h"
 #include "kernel.h"
 #include "losses.h"
 #include "scanner.h"
@@ -80,9 +81,10 @@ struct connection {
 	u8 turn;		/* REQUEST or RESPONSE: what passed last */
 	u8 tcp;			/* enum tcp_mode */
 	u8 b3_form;		/* sk_msg: the parts of the b3 header that can be written */
+	u8 whole;		/* `sent` counts from its first byte, and one agent saw all */
 	u8 local_addr[16];
 	u8 peer_addr[16];
-	u8 reserved[3];
+	u8 reserved[2];
 };
 
 enum exchange_state {
@@ -133,6 +135,7 @@ struct policy {
 };
 #define POLICY_TRACE 1
 #define POLICY_ENROL 2	/* and write headers into its requests */
+#define POLICY_REDIRECT 4	/* of those not enrolled, hand the contexts to workers */
 
 BPF_ARRAY(grammar, struct scan_table, 1);
 BPF_HASH(header_names, struct scan_name, struct scan_entry, 16);
@@ -189,6 +192,33 @@ static inline void remember_thread(struct request *r, u64 thread)
 	KERNEL_READ(r->comm, task, task_struct, comm);
 }
 
+static inline void tuple_of(struct tuple *t, struct connection *c)
+{
+	__builtin_memcpy(t->local_addr, c->local_addr, sizeof(t->local_addr));
+	__builtin_memcpy(t->peer_addr, c->peer_addr, sizeof(t->peer_addr));
+	t->netns = c->netns;
+	t->local_port = c->local_port;
+	t->peer_port = c->peer_port;
+}
+
+/* A worker reports this connection's exchanges itself. */
+static inline int is_claimed(struct connection *c)
+{
+	struct tuple tuple = {};
+
+	tuple_of(&tuple, c);
+	return claims.lookup(&tuple) != 0;
+}
+
+/* A connection's address is free for another. */
+static inline void forget_claim(struct connection *c)
+{
+	struct tuple tuple = {};
+
+	tuple_of(&tuple, c);
+	claims.delete(&tuple);
+}
+
 /* One record for the agent. */
 static inline void emit(struct connection *c, struct request *q, u8 end, u8 protocol)
 {
@@ -200,7 +230,7 @@ static inline void emit(struct connection *c, struct request *q, u8 end, u8 prot
 	/* These are the first exchange's, recorded or not. */
 	c->connect_start_ns = 0;
 	c->connect_end_ns = 0;
-	if (!(q->flags & FLAG_SAMPLED))
+	if (!(q->flags & FLAG_SAMPLED) || (protocol == PROTOCOL_TCP && is_claimed(c)))
 		return;
 	r = exchanges.ringbuf_reserve(sizeof(*r));
 	if (!r) {

@@ -98,6 +98,19 @@ static inline void serves_unknown(u64 thread)
 		serving->multiplexed = 1;
 }
 
+/* For a request that has none. */
+static inline void make_request_id(struct request *q, struct scanner *s)
+{
+	u8 reason = q->flags & FLAG_SAMPLED ? '9' : '4';
+
+	if (q->request_id_length)
+		return;
+	if (HAS(s, HEADER_CLIENT_TRACE_ID))
+		reason = 'b';
+	uuid_write(q->text.request_id, random64(), random64(), reason);
+	q->request_id_length = 36;
+}
+
 static inline void new_root(struct request *q)
 {
 	q->trace_id_high = random64();
@@ -180,6 +193,19 @@ static inline void client_context(struct connection *c, struct head_context *h)
 	}
 }
 
+/* A worker made this context for a request that had none. True once. */
+static inline int is_workers_root(struct connection *c, u64 span_id)
+{
+	struct root_key key = {};
+
+	key.span_id = span_id;
+	key.netns = c->netns;
+	if (!roots.lookup(&key))
+		return 0;
+	roots.delete(&key);
+	return 1;
+}
+
 /* A request's head has reached this end: its context, as a server's, and the
  * thread's. */
 static inline void server_context(struct connection *c, struct head_context *h)
@@ -190,7 +216,14 @@ static inline void server_context(struct connection *c, struct head_context *h)
 	struct connection *other;
 	u64 sock;
 
-	if (h->has_ids) {
+	if (h->has_ids && is_workers_root(c, h->span_id)) {
+		q->trace_id_high = h->trace_id_high;
+		q->trace_id_low = h->trace_id_low;
+		q->span_id = h->span_id;
+		q->parent_id = 0;
+		q->link = LINK_NONE;
+		q->flags = decide(h, c->netns, q->trace_id_low);
+	} else if (h->has_ids) {
 		q->trace_id_high = h->trace_id_high;
 		q->trace_id_low = h->trace_id_low;
 		q->link = LINK_HEADER;

@@ -43,7 +43,8 @@ enum exchange_end {
 
 enum exchange_flags {
 	FLAG_SAMPLED = 1,
-	FLAG_INJECTED = 2,	/* client: our headers are in the request */
+	FLAG_INJECTED = 2,	/* client: our headers are in the request, or
+				 * handed to the worker that would carry it */
 	FLAG_SHARED = 4,	/* server: the ids came from the caller's headers */
 	FLAG_ACCEPTED_DEBUG = 8,	/* x-b3-flags: 1 */
 };

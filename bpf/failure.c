@@ -11,7 +11,7 @@ int connect_entry(struct pt_regs *ctx, void *sk, void *address)
 	u16 family = 0, port = 0;
 
 	a.netns = netns_of(sk);
-	if (!(what_to_do(a.netns) & POLICY_TRACE))
+	if (!is_to_be_traced(sk, a.netns))
 		return 0;
 	a.sock = (u64)sk;
 	/* struct sockaddr_in and sockaddr_in6, which inet_stream_connect has copied. */

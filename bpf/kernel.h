@@ -42,6 +42,14 @@ static inline u32 netns_of(void *sk)
 	return inode;
 }
 
+static inline u32 mark_of(void *sk)
+{
+	u32 mark = 0;
+
+	KERNEL_READ(mark, sk, sock, sk_mark);
+	return mark;
+}
+
 static inline int ended_there(void *sk)
 {
 	u64 flags = 0;

@@ -34,6 +34,11 @@ static inline struct connection *establish(void *sk, u32 netns, u64 cookie)
 	return c;
 }
 
+static inline int is_to_be_traced(void *sk, u32 netns)
+{
+	return what_to_do(netns) & POLICY_TRACE && mark_of(sk) != AGENT_MARK;
+}
+
 /* A subflow in a sockhash breaks MPTCP's fallback to TCP before 6.6.118. */
 static inline int is_mptcp(void *sk)
 {
@@ -75,6 +80,10 @@ static inline struct connection *adopt(void *sk)
 	old = old_sockets.lookup(&cookie);
 	if (!old)
 		return 0;
+	if (mark_of(sk) == AGENT_MARK) {
+		old_sockets.delete(&cookie);
+		return 0;
+	}
 	role = old->role;
 	netns = netns_of(sk);
 	if (!(what_to_do(netns) & POLICY_TRACE))
@@ -195,6 +204,7 @@ static inline void state_changed(struct connection *c, void *sk, u32 state)
 		} else {
 			close_exchanges(c, sk);
 		}
+		forget_claim(c);
 		connections.delete(&key);
 	}
 }
@@ -245,7 +255,7 @@ int lifecycle(struct bpf_sock_ops *ops)
 	switch (ops->op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		netns = netns_of(sk);
-		if (!(what_to_do(netns) & POLICY_TRACE))
+		if (!is_to_be_traced(sk, netns))
 			return 1;
 		/* A socket may be disconnected with answers unread, and used again. */
 		c = connections.lookup(&key);
@@ -254,7 +264,10 @@ int lifecycle(struct bpf_sock_ops *ops)
 		c = establish(sk, netns, bpf_get_socket_cookie(ops));
 		if (c) {
 			c->watched = 1;
+			c->whole = 1;
 			connect_begins(c, sk);
+			/* Made too late for an earlier connection of this address. */
+			forget_claim(c);
 			bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
 		}
 		break;
@@ -280,7 +293,7 @@ int lifecycle(struct bpf_sock_ops *ops)
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		netns = netns_of(sk);
-		if (!(what_to_do(netns) & POLICY_TRACE))
+		if (!is_to_be_traced(sk, netns))
 			return 1;
 		c = establish(sk, netns, bpf_get_socket_cookie(ops));
 		if (c) {
@@ -317,6 +330,7 @@ RAW_TRACEPOINT_PROBE(tcp_destroy_sock)
 
 	if (c) {
 		close_exchanges(c, sk);
+		forget_claim(c);
 		connections.delete(&key);
 	}
 	KERNEL_READ(cookie, sk, sock_common, skc_cookie);

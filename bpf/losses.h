@@ -27,6 +27,7 @@ enum loss {
 	LOSS_INJECT_MEMORY,	/* the kernel could not make room in the message */
 	LOSS_INJECT_DROPPED,	/* and could not undo it: the send failed */
 	LOSS_LINK_AMBIGUOUS,	/* a thread serves several exchanges: no parent claimed */
+	LOSS_HTTP2_PORTS_FULL,	/* a port that speaks HTTP/2 found no room in the table */
 	LOSSES,
 };
 

@@ -175,6 +175,7 @@ int request_scan(struct sk_msg_md *msg)
 		return SK_PASS;
 	}
 	if (s->state == SCAN_OPAQUE) {
+		note_http2(c);
 		forsake(c, LOSS_REQUEST_UNPARSED);
 		if (c->tcp == TCP_WANTED)
 			tcp_begins(c, bpf_get_current_pid_tgid(), bpf_ktime_get_ns());
@@ -429,18 +430,13 @@ int request_inject(struct sk_msg_md *msg)
 static inline void prepare_texts(struct connection *c)
 {
 	struct request *q = &c->request;
-	u8 reason = q->flags & FLAG_SAMPLED ? '9' : '4';
 
 	hex_write(c->hex + HEX_TRACE_ID, q->trace_id_high);
 	hex_write(c->hex + HEX_TRACE_ID + 16, q->trace_id_low);
 	hex_write(c->hex + HEX_SPAN_ID, q->span_id);
 	hex_write(c->hex + HEX_PARENT_ID, q->parent_id);
-	if (q->request_id_length || !(c->insert & INSERT_REQUEST_ID))
-		return;
-	if (c->scan[REQUEST].seen & BIT(HEADER_CLIENT_TRACE_ID))
-		reason = 'b';
-	uuid_write(q->text.request_id, random64(), random64(), reason);
-	q->request_id_length = 36;
+	if (c->insert & INSERT_REQUEST_ID)
+		make_request_id(q, &c->scan[REQUEST]);
 }
 
 #define LINE_OR(failed, size)                                                          \

@@ -7,6 +7,7 @@
 #include "losses.h"
 #include "scanner.h"
 #include "b3.h"
+#include "handoff.h"
 #include "connection.h"
 #include "context.h"
 #include "tcp.h"

@@ -164,6 +164,8 @@ class State:
             entry.inherited = 1
             # Its sends pass the sockhash again once it is enrolled again.
             entry.enrolled = 0
+            # The workers of the agent that is gone cannot see our tables.
+            entry.whole = 0
             lost += entry.parked_end - entry.parked_first
             entry.parked_first = entry.parked_end
             try:

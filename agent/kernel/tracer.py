@@ -22,6 +22,7 @@ from podspan.agent.exchange import Exchange, Role
 from podspan.agent.kernel import grammar, program, selftest, syscall
 from podspan.agent.kernel.enrol import Enrolment, enrol_existing
 from podspan.agent.kernel.guard import PIN_DIR, Guard
+from podspan.agent.kernel.handoff import HTTP2_KEY, http2_port
 from podspan.agent.kernel.options import Options
 from podspan.agent.kernel.state import Inherited, State, only_agent
 from podspan.agent.pods.processes import own_netns
@@ -43,12 +44,13 @@ SETTINGS = {
     "MAX_THREADS": 16384,
     "PARKED_MAX": 16,  # requests that one connection may send ahead of responses
     "MAX_PARKED": 2048,
+    "MAX_HTTP2_PORTS": 1024,
 }
 
 # Exchanges handed over by one poll: the heartbeat waits no longer than that takes.
 POLL_MAX = 8192
 
-POLICY_NONE, POLICY_TRACE, POLICY_ENROL = 0, 1, 2
+POLICY_NONE, POLICY_TRACE, POLICY_ENROL, POLICY_REDIRECT = 0, 1, 2, 4
 POLICY = struct.Struct("=QB7x")  # struct policy of bpf/connection.h
 OLD_SOCKET = struct.Struct("=B")
 
@@ -194,6 +196,25 @@ class Programs:
                 program.map_fd(self.bpf, "roaming"), struct.pack("=I", pid)
             )
 
+    def handoff_fds(self) -> tuple[int, int, int]:
+        """Descriptors of the tables handed, claims and roots: bpf/handoff.h."""
+        handed, claims, roots = (
+            program.map_fd(self.bpf, name) for name in ("handed", "claims", "roots")
+        )
+        return handed, claims, roots
+
+    def http2_ports(self) -> frozenset[tuple[int, int, Role]]:
+        """Network namespace, called port and role of the HTTP/2 that was seen."""
+        table = program.map_fd(self.bpf, "http2_seen")
+        return frozenset(http2_port(key) for key, _ in syscall.map_items(table))
+
+    def forget_http2_ports(self, but: Collection[int]) -> None:
+        """Make room: keep what was seen in these namespaces, no other."""
+        table = program.map_fd(self.bpf, "http2_seen")
+        for netns, port, role in self.http2_ports():
+            if netns not in but:
+                syscall.map_delete(table, HTTP2_KEY.pack(netns, port, role))
+
     def losses(self) -> dict[str, int]:
         """Counters of bpf/losses.h, by name in lower case without LOSS_."""
         table = self.bpf[b"losses"]
@@ -246,10 +267,12 @@ class Tracer:
         roaming: Collection[int],
         on_exchange: Callable[[Exchange], None],
         on_warning: Callable[[str], None],
+        plans: Mapping[int, int] | None = None,
     ) -> None:
         """`netns` None traces every namespace but the agent's own.
 
-        `roaming`: as `set_roaming`, from the first exchange on.
+        `roaming` and `plans`: as `set_roaming` and `set_plans`, from the first exchange
+        on.
         """
         self.engine = "off"
         self.engine_reason = "not tried"
@@ -267,6 +290,7 @@ class Tracer:
         self._losses_of_trial: dict[str, int] = {}
         self._lost_by_restart = 0
         self._sampling: Mapping[int, float] = {}
+        self._plans = plans or {}
         self._policies: dict[int, tuple[int, float | None]] = {}
 
     def __enter__(self) -> Self:
@@ -324,12 +348,34 @@ class Tracer:
         new = netns - (self._netns or frozenset())
         self._netns = netns
         self._set_policies()
+        self._programs.forget_http2_ports(but=netns)
         self.enrolment = self._enrol_existing(find_connections(new))
 
     def set_sampling(self, by_netns: Mapping[int, float]) -> None:
         """Sample these namespaces' traces at rates of their own, in per cent."""
         self._sampling = by_netns
         self._set_policies()
+
+    def set_plans(self, plans: Mapping[int, int]) -> None:
+        """Let these namespaces have an engine of their own: POLICY_ bits.
+
+        POLICY_ENROL (where the self-test passed) and POLICY_REDIRECT, or neither: their
+        exchanges are seen, and nothing is written. New connections follow; those that
+        are enrolled stay so to their end.
+        """
+        self._plans = plans
+        self._set_policies()
+
+    def handoff_fds(self) -> tuple[int, int, int]:
+        """Return what `Handoff` takes; a child inherits it by subprocess's pass_fds.
+
+        The descriptors are the tracer's, and open for as long as it is attached.
+        """
+        return self._programs.handoff_fds()
+
+    def http2_ports(self) -> frozenset[tuple[int, int, Role]]:
+        """Return where HTTP/2 was seen: namespace, port of the called end, our role."""
+        return self._programs.http2_ports()
 
     def set_roaming(self, come: Iterable[int], gone: Iterable[int]) -> None:
         """Claim no parent by thread in these processes: their work roams."""
@@ -349,11 +395,19 @@ class Tracer:
     def _what(self) -> int:
         return POLICY_TRACE | (POLICY_ENROL if self.engine == "kernel" else 0)
 
+    def _what_in(self, netns: int) -> int:
+        """As `_what`, or as planned for this namespace; never what failed its test."""
+        if netns not in self._plans:
+            return self._what
+        allowed = self._what | POLICY_REDIRECT
+        return POLICY_TRACE | (self._plans[netns] & allowed)
+
     def _set_policies(self) -> None:
-        """Bring the kernel's table in line with what is selected and sampled."""
-        traced = self._sampling.keys() if self._netns is None else self._netns
+        """Bring the kernel's table in line with what is selected, planned, sampled."""
+        own = self._sampling.keys() | self._plans.keys()
+        traced = own if self._netns is None else self._netns
         wanted: dict[int, tuple[int, float | None]] = {
-            inode: (self._what, self._sampling.get(inode)) for inode in traced
+            inode: (self._what_in(inode), self._sampling.get(inode)) for inode in traced
         }
         wanted[self._own_netns] = (POLICY_NONE, None)
         for inode in self._policies.keys() - wanted.keys():
@@ -375,7 +429,9 @@ class Tracer:
             {one.end.cookie: one.accepted for one in connections}
         )
         fd = program.map_fd(self._programs.bpf, "enrolled")
-        return enrol_existing(fd, connections if self.engine == "kernel" else ())
+        return enrol_existing(
+            fd, (one for one in connections if self._what_in(one.netns) & POLICY_ENROL)
+        )
 
     def _try_requests(self) -> None:
         tried: list[int] = []
