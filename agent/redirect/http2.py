@@ -75,8 +75,8 @@ PREFACE_LENGTH = 24  # RFC 9113 section 3.4
 FRAME_HEAD = 9  # length in 3 bytes, type, flags, stream id in 4
 
 # RFC 9113 section 6.
-HEADERS, PRIORITY, SETTINGS, PUSH_PROMISE, PING, GOAWAY, CONTINUATION = (
-    1, 2, 4, 5, 6, 7, 9
+DATA, HEADERS, PRIORITY, SETTINGS, PUSH_PROMISE, PING, GOAWAY, CONTINUATION = (
+    0, 1, 2, 4, 5, 6, 7, 9
 )  # fmt: skip
 ACK = 0x1
 END_HEADERS = 0x4
@@ -323,6 +323,9 @@ class Http2:
             self._flush(peer)
             with _kept_open(peer):
                 events = peer.h2.receive_data(frame)
+        elif kind == DATA and len(frame) == FRAME_HEAD:
+            with _no_debt(peer, int.from_bytes(frame[5:9], "big")):
+                events = peer.h2.receive_data(frame)
         else:
             events = peer.h2.receive_data(frame)
         for event in events:
@@ -378,6 +381,11 @@ class Http2:
         if event.stream_ended is not None:
             self._end_of(peer, stream)
 
+    def _sending(self, side: Side, stream_id: int | None) -> _Stream | None:
+        """Return the stream, unless the far end no longer wants what `side` sends."""
+        stream = self._streams.get(stream_id or 0)
+        return None if stream is None or stream.ended[side] else stream
+
     def _refuse(self, peer: _Peer, stream_id: int) -> None:
         _reset(peer, stream_id, ErrorCodes.REFUSED_STREAM)
         self._actions.append(layer.Count("http2_refused"))
@@ -402,13 +410,13 @@ class Http2:
     def _informational(
         self, other: _Peer, event: InformationalResponseReceived
     ) -> None:
-        stream = self._streams.get(event.stream_id)
+        stream = self._sending(Side.UP, event.stream_id)
         if stream is not None:
             other.h2.send_headers(stream.id, _headers(event.headers))
 
     def _response(self, peer: _Peer, other: _Peer, event: ResponseReceived) -> None:
         peer.h2.streams[event.stream_id]._expected_content_length = None
-        stream = self._streams.get(event.stream_id)
+        stream = self._sending(peer.side, event.stream_id)
         if stream is None:
             return
         headers = _headers(event.headers)
@@ -421,7 +429,7 @@ class Http2:
             self._end_of(peer, stream)
 
     def _trailers(self, peer: _Peer, other: _Peer, event: TrailersReceived) -> None:
-        stream = self._streams.get(event.stream_id)
+        stream = self._sending(peer.side, event.stream_id)
         if stream is None:
             return
         headers = _headers(event.headers)
@@ -434,7 +442,7 @@ class Http2:
         self._end_of(peer, stream)
 
     def _data(self, peer: _Peer, other: _Peer, event: DataReceived) -> None:
-        stream = self._streams.get(event.stream_id)
+        stream = self._sending(peer.side, event.stream_id)
         data = event.data or b""
         flow = event.flow_controlled_length
         if stream is None:
@@ -703,6 +711,23 @@ def _kept_open(peer: _Peer) -> Iterator[None]:
     state = peer.h2.state_machine.state
     yield
     peer.h2.state_machine.state = state
+
+
+@contextmanager
+def _no_debt(peer: _Peer, stream_id: int) -> Iterator[None]:
+    """Let h2 take an empty DATA frame where a smaller INITIAL_WINDOW_SIZE left a debt.
+
+    It needs no window (RFC 9113 section 6.9.1); h2 4.4 says it does.
+    """
+    stream = peer.h2.streams.get(stream_id)
+    if stream is None:
+        yield
+        return
+    window = stream._inbound_window_manager
+    debt = min(window.current_window_size, 0)
+    window.current_window_size -= debt
+    yield
+    window.current_window_size += debt
 
 
 def _bound_table(peer: _Peer) -> None:

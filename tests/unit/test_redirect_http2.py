@@ -1,6 +1,6 @@
 """The HTTP/2 layer between two h2 peers in memory: what one sends, the other gets."""
 
-from collections import deque
+from collections import defaultdict, deque
 from itertools import count
 from random import Random
 
@@ -36,7 +36,7 @@ from hyperframe.frame import (
     SettingsFrame,
     WindowUpdateFrame,
 )
-from hypothesis import given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from podspan.agent.exchange import FLAG_INJECTED, FLAG_SAMPLED, FLAG_SHARED
 from podspan.agent.exchange import End as How
@@ -789,6 +789,21 @@ def test_what_a_reset_stream_held_is_given_back():
     assert held(wire, UP) == 0
 
 
+def test_an_end_needs_no_window():
+    """Also where the receiver has made it less than what it had been sent."""
+    wire = Wire().start()
+    wire.auto_credit.clear()
+    stream_id = wire.ask()
+    flood(wire, wire.client, stream_id)
+    wire.server.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 10})
+    wire.run()
+    assert wire.client.streams[stream_id].outbound_flow_control_window < 0
+    wire.client.end_stream(stream_id)
+    wire.take(wire.layer.received(DOWN, wire.client.data_to_send()))
+    assert wire.others == []
+    assert b"".join(wire.buffered[UP]) == DataFrame(1, flags=["END_STREAM"]).serialize()
+
+
 def held(wire, side):
     """Bytes that the layer and the relay's buffer hold for a side."""
     waiting = sum(
@@ -850,6 +865,133 @@ def test_the_same_however_the_bytes_are_cut(size, seed):
         resets = [e.error_code for e in wire.seen(DOWN, StreamReset)]
         seen.append((bodies, heads, trailers, resets, wire.records))
     assert seen[0] == seen[1]
+
+
+# Any traffic of two ends that keep to the protocol.
+
+
+class Traffic:
+    """Two ends that do at random what they may; what each sent is kept."""
+
+    def __init__(self, seed):
+        self.random = Random(seed)
+        self.wire = Wire(cut=self.cut).start()
+        self.sent: dict[Side, dict[int, bytes]] = {
+            side: defaultdict(bytes) for side in Side
+        }
+        self.ended: dict[Side, set[int]] = {side: set() for side in Side}
+        self.answered: set[int] = set()
+        self.reset: set[int] = set()
+        self.window = 65535
+
+    def cut(self, data):
+        at = self.random.randrange(len(data) + 1)
+        return [data[:at], data[at:]]
+
+    def act(self):
+        act = self.random.choice(
+            [self.open, self.answer, self.send, self.send, self.send, self.end] * 3
+            + [self.abandon, self.resize, self.stall, self.wire.run]
+        )
+        act()
+
+    def open(self):
+        client = self.wire.client
+        if client.open_outbound_streams < 20:
+            stream_id = client.get_next_available_stream_id()
+            client.send_headers(stream_id, WITH_CONTEXT)
+
+    def answer(self):
+        server = self.wire.server
+        for stream_id, stream in server.streams.items():
+            if stream_id not in self.answered and stream.open:
+                self.answered.add(stream_id)
+                server.send_headers(stream_id, RESPONSE)
+                return
+
+    def pick(self):
+        side = self.random.choice(list(Side))
+        ids = [
+            stream_id
+            for stream_id, stream in self.wire.peers[side].streams.items()
+            if stream.open
+            and stream_id not in self.ended[side]
+            and (side is DOWN or stream_id in self.answered)
+        ]
+        return side, self.random.choice(ids) if ids else None
+
+    def send(self):
+        side, stream_id = self.pick()
+        if stream_id is None:
+            return
+        peer = self.wire.peers[side]
+        room = min(peer.local_flow_control_window(stream_id), 16000)
+        padding = self.random.choice([None, None, 0, 40])
+        size = self.random.randrange(20_000)
+        size = min(size, room - (0 if padding is None else padding + 1))
+        if size > 0:
+            data = self.random.randbytes(size)
+            peer.send_data(stream_id, data, pad_length=padding)
+            self.sent[side][stream_id] += data
+
+    def end(self):
+        side, stream_id = self.pick()
+        if stream_id is None:
+            return
+        peer = self.wire.peers[side]
+        if self.random.random() < 0.5:
+            peer.send_headers(stream_id, GRPC_OK, end_stream=True)
+        else:
+            peer.end_stream(stream_id)
+        self.ended[side].add(stream_id)
+
+    def abandon(self):
+        side, stream_id = self.pick()
+        if stream_id is not None:
+            self.wire.now_ns += 2_000_000_000
+            self.wire.peers[side].reset_stream(stream_id, 8)
+            self.reset.add(stream_id)
+
+    def resize(self):
+        # Only upwards: see test_an_end_needs_no_window.
+        self.window += self.random.randrange(50_000)
+        peer = self.random.choice(list(self.wire.peers.values()))
+        peer.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: self.window})
+
+    def stall(self):
+        self.wire.stalled = set(
+            self.random.sample(list(Side), self.random.randrange(3))
+        )
+
+
+@settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(st.integers(0, 2**32))
+@example(1538132)  # a response to a stream that was reset while its request waited
+def test_any_traffic_of_two_good_ends_arrives(seed):
+    traffic = Traffic(seed)
+    wire = traffic.wire
+    for _ in range(150):
+        traffic.act()
+    wire.stalled.clear()
+    wire.run()
+    for peer in wire.peers.values():
+        peer.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1 << 20})
+    wire.run()
+
+    assert wire.others == []
+    for side in Side:
+        for stream_id, data in traffic.sent[side].items():
+            got = wire.body(side.other, stream_id)
+            if stream_id in traffic.reset:
+                assert data.startswith(got)
+            else:
+                assert data == got
+        ended = {e.stream_id for e in wire.seen(side.other, StreamEnded)}
+        assert traffic.ended[side] - traffic.reset == ended - traffic.reset
+    assert held(wire, DOWN) == held(wire, UP) == 0
+    over = traffic.reset | (traffic.ended[DOWN] & traffic.ended[UP])
+    assert len(wire.records) == len(over)
+    assert not over & wire.layer._streams.keys()
 
 
 # Who does not keep to the protocol.
