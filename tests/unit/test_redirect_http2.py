@@ -379,6 +379,22 @@ def test_an_end_in_an_empty_data_frame_and_padding():
     assert wire.client.local_flow_control_window(stream_id) == 65535 - 6
 
 
+def test_padding_is_given_back():
+    wire = Wire().start()
+    stream_id = wire.ask()
+    for _ in range(CONNECTION_WINDOW // 255):
+        wire.client.send_data(stream_id, b"x", pad_length=255)
+        wire.run()
+    assert wire.client.outbound_flow_control_window > CONNECTION_WINDOW // 2
+
+
+def test_the_servers_limit_of_heads_is_the_servers_to_judge():
+    wire = Wire().start(server_settings={SettingCodes.MAX_HEADER_LIST_SIZE: 1000})
+    wire.server.decoder.max_header_list_size = HEADER_LIST_MAX
+    wire.ask([*REQUEST, (b"x-big", b"v" * 5000)], b"")
+    assert len(wire.seen(UP, RequestReceived)) == 1
+
+
 def test_heads_larger_than_a_frame_pass():
     wire = Wire().start()
     wire.server.decoder.max_header_list_size = HEADER_LIST_MAX
