@@ -358,7 +358,7 @@ class Http2:
     # What h2 made of a frame. `peer` sent it, `other` is to get it.
 
     def _request(self, peer: _Peer, other: _Peer, event: RequestReceived) -> None:
-        headers = _headers(event.headers)
+        headers = _head(event.headers)
         stream_id = event.stream_id
         peer.h2.streams[stream_id]._expected_content_length = None
         last = other.goaway_last
@@ -412,14 +412,14 @@ class Http2:
     ) -> None:
         stream = self._sending(Side.UP, event.stream_id)
         if stream is not None:
-            other.h2.send_headers(stream.id, _headers(event.headers))
+            other.h2.send_headers(stream.id, _head(event.headers))
 
     def _response(self, peer: _Peer, other: _Peer, event: ResponseReceived) -> None:
         peer.h2.streams[event.stream_id]._expected_content_length = None
         stream = self._sending(peer.side, event.stream_id)
         if stream is None:
             return
-        headers = _headers(event.headers)
+        headers = _head(event.headers)
         stream.response_first_ns = stream.response_last_ns = self._now_ns
         stream.status = _status(headers)
         stream.texts |= _texts(headers, _GRPC_TEXTS)
@@ -765,6 +765,14 @@ def _reset(peer: _Peer, stream_id: int, code: int) -> None:
 def _headers(headers: Iterable[object] | None) -> Headers:
     """Return them typed as what h2 gives without an encoding."""
     return [header for header in headers or () if isinstance(header, HeaderTuple)]
+
+
+def _head(headers: Iterable[object] | None) -> Headers:
+    """Return the headers of a request or response: h2 cannot send none."""
+    found = _headers(headers)
+    if not found:
+        raise ProtocolError("a head without a header")
+    return found
 
 
 def _texts(headers: Headers, wanted: dict[bytes, tuple[str, int]]) -> dict[str, str]:

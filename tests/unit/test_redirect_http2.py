@@ -1037,6 +1037,7 @@ MALFORMED = {
     "DATA of no stream": (PREFACE + SETTINGS + DataFrame(1, b"x").serialize(), 1),
     "DATA of stream 0": (PREFACE + SETTINGS + b"\0\0\1\0\0\0\0\0\0x", 1),
     "an even stream": (PREFACE + SETTINGS + head(2), 1),
+    "a head without a header": (PREFACE + SETTINGS + head(data=b""), 1),
     "a stream twice": (PREFACE + SETTINGS + head(3) + head(1), 1),
     "a lone CONTINUATION": (
         PREFACE + SETTINGS + ContinuationFrame(1, HEAD).serialize(),
