@@ -1,10 +1,12 @@
 """What the kernel told us: one request and its response, seen from one end.
 
-The only reader of `struct exchange_record` (bpf/exchange.h).
+The only reader of `struct exchange_record` (bpf/exchange.h), and of what workers of the
+redirect engine tell of HTTP/2, which the kernel does not parse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -30,13 +32,14 @@ class Link(IntEnum):
 
 
 class Protocol(IntEnum):
-    """What the connection speaks (`enum exchange_protocol`).
+    """What the connection speaks (`enum exchange_protocol`, and HTTP2).
 
     Of TCP, `request_` is what the opening end sent, `response_` what it received.
     """
 
     HTTP = 1
     TCP = 2
+    HTTP2 = 3  # one stream; never of the kernel's
 
 
 class End(IntEnum):
@@ -59,11 +62,25 @@ FLAG_INJECTED = 2
 FLAG_SHARED = 4
 FLAG_ACCEPTED_DEBUG = 8
 
+LAST_HTTP2_CODE = 13  # RFC 9113 section 7; the socket's errnos are above it
+
 # A dictionary is four times as fast as calling the enum.
 _ROLES = {role.value: role for role in Role}
 _LINKS = {link.value: link for link in Link}
 _ENDS = {end.value: end for end in End}
 _PROTOCOLS = {protocol.value: protocol for protocol in Protocol}
+
+_NOT_IN_A_STREAM: dict[str, Any] = {
+    "connect_start_ns": 0,
+    "connect_end_ns": 0,
+    "sock": 0,
+    "pid": 0,
+    "tid": 0,
+    "retransmits": 0,
+    "request_minor": 0,
+    "protocol": Protocol.HTTP2,
+    "comm": "",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +108,9 @@ class Exchange:
     peer_addr: str
     peer_port: int
     status: int  # 0: no response head seen
-    error: int  # errno of the socket when it ended, 0: none
+    # errno of the socket when it ended, 0: none. Of HTTP2 up to LAST_HTTP2_CODE: the
+    # code of a RST_STREAM, of the other end (RESET) or this one (CLOSED_HERE).
+    error: int
     role: Role
     link: Link
     end: End
@@ -105,6 +124,8 @@ class Exchange:
     request_id: str
     client_trace_id: str
     comm: str
+    grpc_status: str = ""  # in decimal; "": no gRPC, or it ended without
+    grpc_message: str = ""  # percent-encoded, as it was sent
 
     @property
     def sampled(self) -> bool:
@@ -156,6 +177,23 @@ class Exchange:
             _text(raw.client_trace_id),
             _text(raw.comm),
         )
+
+    @classmethod
+    def from_worker(cls, wire: Mapping[str, Any]) -> Exchange:
+        """Read a StreamRecord (agent/redirect/layer.py) as a worker sends it.
+
+        With it come `role`, `netns`, `local_addr`, `local_port`, `peer_addr` and
+        `peer_port`, of the application's end; `trace_id` is a number, or 16 bytes with
+        the highest first. Which process it was is not known, nor what the socket did.
+        """
+        fields = dict(wire)
+        trace_id = fields["trace_id"]
+        if isinstance(trace_id, bytes):
+            fields["trace_id"] = int.from_bytes(trace_id, "big")
+        fields["role"] = _ROLES[fields["role"]]
+        fields["link"] = _LINKS[fields["link"]]
+        fields["end"] = _ENDS[fields["end"]]
+        return cls(**{**_NOT_IN_A_STREAM, **fields})
 
 
 # A node talks to few addresses, and parsing one costs more than the rest of a record.

@@ -7,7 +7,13 @@ have the tags that mean something there.
 
 from __future__ import annotations
 
-from podspan.agent.exchange import End, Exchange, Role
+from podspan.agent.exchange import (
+    LAST_HTTP2_CODE,
+    End,
+    Exchange,
+    Protocol,
+    Role,
+)
 from podspan.agent.pods.pod import Pod
 from podspan.agent.tags.own import (
     add_own_tags,
@@ -32,6 +38,17 @@ RESPONSE_FLAGS = {
     (Role.SERVER, End.CLOSED_THERE): "DC",
     (Role.SERVER, End.RESET): "DC",
 }
+# Where it was one stream that was reset, not the connection.
+STREAM_FLAGS = {
+    (Role.CLIENT, End.CLOSED_HERE): "DR",
+    (Role.CLIENT, End.RESET): "UR",
+    (Role.SERVER, End.CLOSED_HERE): "UR",
+    (Role.SERVER, End.RESET): "DR",
+}
+
+# UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE,
+# DATA_LOSS: http_tracer_impl.cc takes the others for the caller's mistakes.
+GRPC_ERRORS = frozenset(("2", "4", "8", "12", "13", "14", "15"))
 
 
 def pod(pod: Pod) -> dict[str, str]:
@@ -82,6 +99,8 @@ def http(exchange: Exchange, url: Url) -> tuple[str, dict[str, str]]:
     # Unlike OpenTelemetry: 4xx is an answer, not an error.
     if status >= 500 or http_failed(exchange):
         tags["error"] = "true"
+    if exchange.protocol is Protocol.HTTP2:
+        _add_http2(tags, exchange)
     add_own_tags(tags, exchange)
     return _name(exchange, url), tags
 
@@ -105,6 +124,26 @@ def tcp(exchange: Exchange) -> tuple[str, dict[str, str]]:
         tags["error"] = "true"
     add_own_tags(tags, exchange)
     return tcp_name(exchange), tags
+
+
+def _add_http2(tags: dict[str, str], exchange: Exchange) -> None:
+    if exchange.method:
+        tags["http.protocol"] = "HTTP/2"
+    how = exchange.role, exchange.end
+    by_stream = exchange.end is End.RESET or exchange.error
+    if how in STREAM_FLAGS and by_stream and exchange.error <= LAST_HTTP2_CODE:
+        tags["response_flags"] = STREAM_FLAGS[how]
+    if not exchange.grpc_status:
+        return
+    grpc = {
+        "grpc.path": exchange.target,
+        "grpc.authority": exchange.host,
+        "grpc.status_code": exchange.grpc_status,
+        "grpc.message": exchange.grpc_message,
+    }
+    tags |= {name: text for name, text in grpc.items() if text}
+    if exchange.grpc_status in GRPC_ERRORS:
+        tags["error"] = "true"
 
 
 def _add_cluster(tags: dict[str, str], cluster: str) -> None:

@@ -2,18 +2,20 @@
 
 https://opentelemetry.io/docs/specs/semconv/http/http-spans/. Tags are text in Zipkin's
 format, so numbers are, too. There are no conventions for spans of TCP connections:
-those have the general attributes (semconv: general attributes), and our own.
+those have the general attributes (semconv: general attributes), and our own. Calls of
+gRPC have the attributes for them, too (semconv: gRPC spans, stable since 1.45).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from podspan.agent.exchange import Exchange, Role
+from podspan.agent.exchange import Exchange, Protocol, Role
 from podspan.agent.pods.pod import Pod
 from podspan.agent.tags.own import (
     add_own_tags,
     called_address,
+    grpc_status_name,
     how_it_failed,
     http_failed,
     tcp_failed,
@@ -27,6 +29,12 @@ LAST_BYTE: Mapping[Role, str] = {}
 METHODS = frozenset(
     ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY",
      "TRACE")
+)  # fmt: skip
+
+# Semconv, gRPC spans: what a server is to blame for. A client wants nothing but OK.
+GRPC_SERVER_ERRORS = frozenset(
+    ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
+     "DATA_LOSS")
 )  # fmt: skip
 
 OTHER = "_OTHER"
@@ -75,7 +83,25 @@ def http(exchange: Exchange, url: Url) -> tuple[str, dict[str, str]]:
     elif http_failed(exchange):
         _add_error(tags, how_it_failed(exchange))
     add_own_tags(tags, exchange)
+    if exchange.protocol is Protocol.HTTP2:
+        if method:
+            tags["network.protocol.version"] = "2"
+        if exchange.grpc_status:
+            return _grpc(tags, exchange), tags
     return method if known else NAME_OF_OTHER, tags
+
+
+def _grpc(tags: dict[str, str], exchange: Exchange) -> str:
+    """Add the call's tags and return its name."""
+    status = grpc_status_name(exchange.grpc_status)
+    method = exchange.target.removeprefix("/")
+    tags["rpc.system.name"] = "grpc"
+    tags["rpc.method"] = method
+    tags["rpc.response.status_code"] = status
+    client = exchange.role is Role.CLIENT
+    if status != "OK" if client else status in GRPC_SERVER_ERRORS:
+        _add_error(tags, status)
+    return method
 
 
 def tcp(exchange: Exchange) -> tuple[str, dict[str, str]]:

@@ -5,12 +5,36 @@ from __future__ import annotations
 from errno import errorcode
 from functools import lru_cache
 
-from podspan.agent.exchange import End, Exchange, Link, Protocol, Role
+from podspan.agent.exchange import (
+    LAST_HTTP2_CODE,
+    End,
+    Exchange,
+    Link,
+    Protocol,
+    Role,
+)
 
 BROKEN = frozenset({End.CLOSED_HERE, End.CLOSED_THERE, End.RESET, End.CONNECT_FAILED})
 
 # A TCP connection may be closed at any time, by any end.
 TCP_BROKEN = frozenset({End.RESET, End.CONNECT_FAILED})
+
+# RFC 9113 section 7.
+_HTTP2_CODES = (
+    "NO_ERROR", "PROTOCOL_ERROR", "INTERNAL_ERROR", "FLOW_CONTROL_ERROR",
+    "SETTINGS_TIMEOUT", "STREAM_CLOSED", "FRAME_SIZE_ERROR", "REFUSED_STREAM", "CANCEL",
+    "COMPRESSION_ERROR", "CONNECT_ERROR", "ENHANCE_YOUR_CALM", "INADEQUATE_SECURITY",
+    "HTTP_1_1_REQUIRED",
+)  # fmt: skip
+
+# https://grpc.io/docs/guides/status-codes/, by number.
+GRPC_STATUS = (
+    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND",
+    "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
+    "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS",
+    "UNAUTHENTICATED",
+)  # fmt: skip
+_GRPC_TEXT = {str(number): name for number, name in enumerate(GRPC_STATUS)}
 
 # Text made once, not per span.
 _LINK_TEXT = {link: link.name.lower() for link in Link}
@@ -24,7 +48,7 @@ def add_own_tags(tags: dict[str, str], exchange: Exchange) -> None:
     if end is not End.COMPLETE:
         tags["podspan.end"] = _END_TEXT[end]
     if exchange.error:
-        tags["podspan.error"] = errno_name(exchange.error)
+        tags["podspan.error"] = error_name(exchange)
     if exchange.retransmits:
         tags["podspan.retransmits"] = str(exchange.retransmits)
 
@@ -50,8 +74,8 @@ def add_own_tags(tags: dict[str, str], exchange: Exchange) -> None:
 
 
 def how_it_failed(exchange: Exchange) -> str:
-    """Return the errno's name, or how it ended."""
-    return errno_name(exchange.error) if exchange.error else _END_TEXT[exchange.end]
+    """Return the error's name, or how it ended."""
+    return error_name(exchange) if exchange.error else _END_TEXT[exchange.end]
 
 
 def tcp_failed(exchange: Exchange) -> bool:
@@ -68,9 +92,17 @@ def http_failed(exchange: Exchange) -> bool:
     return end in BROKEN or (exchange.status == 0 and end is not End.UNSEEN)
 
 
-def errno_name(number: int) -> str:
-    """Return ECONNREFUSED or the like; the number if it has no name."""
+def error_name(exchange: Exchange) -> str:
+    """Return ECONNREFUSED or the like, of a stream CANCEL; a number without a name."""
+    number = exchange.error
+    if exchange.protocol is Protocol.HTTP2 and number <= LAST_HTTP2_CODE:
+        return _HTTP2_CODES[number]
     return errorcode.get(number, str(number))
+
+
+def grpc_status_name(status: str) -> str:
+    """Return NOT_FOUND or the like; what is not known as it was sent."""
+    return _GRPC_TEXT.get(status, status)
 
 
 def tcp_name(exchange: Exchange) -> str:

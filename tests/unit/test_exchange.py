@@ -11,6 +11,7 @@ from unit.kernel_struct import (
     kernel_enum,
     kernel_struct,
 )
+from unit.stream_wire import stream_wire
 
 RECORD = kernel_struct("exchange_record")
 
@@ -31,6 +32,7 @@ def test_the_struct_read_here_is_the_struct_the_compiler_sees():
 )
 def test_enums_are_those_of_the_kernel(enum, name, prefix):
     ours = {f"{prefix}{member.name}": member.value for member in enum}
+    ours.pop("PROTOCOL_HTTP2", None)  # the kernel does not parse it
     assert ours == kernel_enum(name)
 
 
@@ -80,3 +82,23 @@ def test_a_text_that_fills_its_field_and_is_cut_in_a_character():
     target = "/" + "é" * 150
     exchange = Exchange.from_kernel(exchange_record(target=target.encode()[:256]))
     assert exchange.target == target[:128] + "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_field_of_a_stream_arrives(packed):
+    wire = stream_wire(role=2, link=1, end=5, error=8, grpc_status="14")
+    expected = dict(wire)
+    if packed:  # msgpack has no numbers of 128 bits
+        wire["trace_id"] = wire["trace_id"].to_bytes(16, "big")
+    exchange = Exchange.from_worker(wire)
+    assert {name: getattr(exchange, name) for name in expected} == expected
+    assert exchange.role is Role.SERVER
+    assert exchange.link is Link.HEADER
+    assert exchange.end is End.RESET
+    assert exchange.protocol is Protocol.HTTP2
+    assert (exchange.pid, exchange.tid, exchange.comm, exchange.sock) == (0, 0, "", 0)
+
+
+def test_what_the_kernel_tells_is_no_grpc():
+    exchange = Exchange.from_kernel(exchange_record())
+    assert (exchange.grpc_status, exchange.grpc_message) == ("", "")

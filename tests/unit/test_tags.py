@@ -10,6 +10,7 @@ from podspan.agent.exchange import End, Exchange, Link, Protocol, Role
 from podspan.agent.span import SpanOptions, span_of
 from podspan.agent.tags import CONVENTIONS
 from unit.kernel_struct import exchange_record
+from unit.stream_wire import stream_wire
 
 SERVER = {"role": 2, "flags": 5, "link": 1, "local_port": 9080, "peer_port": 40000}
 TCP = {
@@ -445,3 +446,119 @@ def test_names(convention, fields, name):
 def test_empty_tags_are_left_out(convention, role, texts):
     tags = span(convention, **{**texts, "role": role}).tags
     assert all(tags.values())
+
+
+def stream_span(convention, **fields):
+    exchange = Exchange.from_worker(stream_wire(**fields))
+    made = span_of(exchange, "productpage", 0, SpanOptions(convention))
+    assert made is not None
+    return made
+
+
+def as_server(**fields):
+    return {"role": 2, "local_port": 50051, "peer_port": 40000, **fields}
+
+
+CANCEL, REFUSED_STREAM = 8, 7
+NO_GRPC = {"grpc_status": "", "method": "GET", "target": "/details/0?u=1"}
+GRPC_SPANS = "semconv gRPC spans"
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "expected"),
+    [
+        (ISTIO, {}, {"http.protocol": "HTTP/2", "http.status_code": "200"}),
+        (ISTIO, {}, {"http.url": "http://reviews:50051/shop.Reviews/Get"}),
+        (ISTIO, {}, {"grpc.path": "/shop.Reviews/Get", "grpc.status_code": "0"}),
+        (ISTIO, {}, {"grpc.authority": "Reviews:50051", "grpc.message": ""}),
+        (ISTIO, {"grpc_message": "no%20such"}, {"grpc.message": "no%20such"}),
+        (ISTIO, NO_GRPC, {"http.protocol": "HTTP/2", "grpc.path": ""}),
+        (ISTIO, {}, {"upstream_cluster": "outbound|50051||reviews", "error": ""}),
+        (ISTIO, as_server(), {"upstream_cluster": "inbound|50051||"}),
+        *(
+            (ISTIO, {"grpc_status": str(code)}, {"error": "true"})
+            for code in (2, 4, 8, 12, 13, 14, 15)
+        ),
+        *(
+            (ISTIO, {"grpc_status": str(code)}, {"error": ""})
+            for code in (1, 3, 5, 6, 7, 9, 10, 11, 16, 99)
+        ),
+        (ISTIO, {"status": 503, "grpc_status": ""}, {"error": "true"}),
+        # A stream that was reset, by either end, or a connection that was lost.
+        (FLAGS, {}, {"response_flags": "-"}),
+        (FLAGS, {"end": 5, "error": CANCEL}, {"response_flags": "UR"}),
+        (FLAGS, {"end": 5, "error": 0}, {"response_flags": "UR"}),
+        (FLAGS, {"end": 3, "error": CANCEL}, {"response_flags": "DR"}),
+        (FLAGS, {"end": 3}, {"response_flags": "DC"}),
+        (FLAGS, {"end": 4}, {"response_flags": "UC"}),
+        (FLAGS, {"end": 5, "error": errno.ECONNRESET}, {"response_flags": "UC"}),
+        (FLAGS, as_server(end=5, error=CANCEL), {"response_flags": "DR"}),
+        (FLAGS, as_server(end=3, error=CANCEL), {"response_flags": "UR"}),
+        (FLAGS, as_server(end=4), {"response_flags": "DC"}),
+        ("ours", {"end": 5, "error": CANCEL}, {"podspan.error": "CANCEL"}),
+        (
+            "ours",
+            {"end": 5, "error": errno.ECONNRESET},
+            {"podspan.error": "ECONNRESET"},
+        ),
+        ("half a response is none", {"end": 5, "error": CANCEL}, {"error": "true"}),
+    ],
+)
+def test_istio_of_http2(source, fields, expected):
+    tags = stream_span("istio", **fields).tags
+    assert {name: tags.get(name, "") for name in expected} == expected, source
+    assert all(tags.values())
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "expected"),
+    [
+        (HTTP_SPANS, {}, {"network.protocol.version": "2"}),
+        (HTTP_SPANS, NO_GRPC, {"rpc.system.name": "", "error": ""}),
+        (GRPC_SPANS, {}, {"rpc.system.name": "grpc", "rpc.method": "shop.Reviews/Get"}),
+        (GRPC_SPANS, {}, {"rpc.response.status_code": "OK", "error.type": ""}),
+        (GRPC_SPANS, {"grpc_status": "99"}, {"rpc.response.status_code": "99"}),
+        (GRPC_SPANS, {}, {"server.address": "reviews", "server.port": "50051"}),
+        *(
+            (GRPC_SPANS, {"grpc_status": str(code)}, {"error.type": name})
+            for code, name in ((1, "CANCELLED"), (5, "NOT_FOUND"), (13, "INTERNAL"))
+        ),
+        *(
+            (GRPC_SPANS, as_server(grpc_status=str(code)), {"error.type": name})
+            for code, name in (
+                (1, ""),
+                (2, "UNKNOWN"),
+                (3, ""),
+                (4, "DEADLINE_EXCEEDED"),
+                (5, ""),
+                (8, ""),
+                (12, "UNIMPLEMENTED"),
+                (13, "INTERNAL"),
+                (14, "UNAVAILABLE"),
+                (15, "DATA_LOSS"),
+                (16, ""),
+            )
+        ),
+        (
+            HTTP_SPANS,
+            {"end": 5, "error": REFUSED_STREAM, "status": 0, "grpc_status": ""},
+            {"error.type": "REFUSED_STREAM"},
+        ),
+    ],
+)
+def test_otel_of_http2(source, fields, expected):
+    tags = stream_span("otel", **fields).tags
+    assert {name: tags.get(name, "") for name in expected} == expected, source
+    assert tags.get("error", "") == ("true" if tags.get("error.type") else "")
+
+
+@pytest.mark.parametrize(
+    ("convention", "fields", "name"),
+    [
+        ("istio", {}, "reviews:50051/*"),
+        ("otel", {}, "shop.Reviews/Get"),
+        ("otel", NO_GRPC, "GET"),
+    ],
+)
+def test_names_of_http2(convention, fields, name):
+    assert stream_span(convention, **fields).name == name
