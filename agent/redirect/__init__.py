@@ -12,6 +12,7 @@ Pure, bytes in and actions out:
 
 Shells:
     sockets   listeners in the pod's namespace, original destinations, upstream sockets
+    loop      epoll and timers of a worker
     relay     one connection: two sockets and a layer
     splice    bodies that stay in the kernel
     worker    a process that serves connections
