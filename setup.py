@@ -28,6 +28,7 @@ setup(
     install_requires=[
         # bcc compiles and loads bpf/. It comes from Debian (python3-bpfcc), not from
         # here: the package named bcc on PyPI is another thing.
+        "msgpack~=1.2",  # redirect: what workers and agent tell each other
         "python-iptables~=1.2",  # init: rules in legacy tables, through libxtables
         "h2~=4.4",  # redirect: frames, HPACK and flow control of HTTP/2
         "pyroute2~=0.9.7",  # namespaces, links and addresses by netlink
@@ -36,6 +37,7 @@ setup(
     extras_require={
         # Exact, because a tool's next release may find what this one let pass.
         "test": [
+            "aiosmtpd==1.4.6",  # a server that speaks first, for the redirect engine
             "grpcio==1.85.3",  # a real client and server through the HTTP/2 layer
             "hypothesis==6.170.15",  # hostile input: heads, B3 values
             "mypy==2.4.1",
