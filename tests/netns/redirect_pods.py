@@ -15,7 +15,7 @@ OTHER_PORT = 8081
 SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same
 SO_MARK = 36
 
-NEVER_STALE_NS = 600 * 10**9
+NEVER_STALE_NS = 2**62  # 146 years: not even a heartbeat of 0 is stale by age
 DEADLINE_S = 20
 
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}

@@ -22,6 +22,7 @@ from netns.redirect_pods import (
     inode,
     podspan,
 )
+from podspan.agent.kernel import program
 from podspan.agent.kernel.guard import PROGRAM, Guard, Want
 from podspan.init.plan import INBOUND_PORT, OUTBOUND_PORT
 
@@ -164,10 +165,19 @@ def test_what_a_dead_agent_wanted_does_not_come_alive_with_the_next(pods, guard)
     successor.close()
 
 
-def test_rules_of_another_guard_stop_when_it_is_replaced(pods, pin_dir):
-    old = Guard.open(pin_dir, grace_ns=NEVER_STALE_NS)
+def test_rules_with_an_older_program_stop_when_it_is_replaced(
+    pods, pin_dir, monkeypatch
+):
+    with monkeypatch.context() as older:
+        source = program.read_source("redirect_guard.c")
+        assert "return 1;" in source
+        text = source.replace("return 1;", "return 2;")
+        older.setattr(program, "read_source", lambda _: text)
+        old = Guard.open(pin_dir, grace_ns=NEVER_STALE_NS)
     init_apply(pods.client, old)
-    (pin_dir / PROGRAM).unlink()  # as if the next agent's program were another
+    old.want(inode(pods.client), [ALL_OUT])
+    old.beat(time.monotonic_ns())
+    assert pods.connect()[0] == CLIENTS_LISTENER
     old.close()
 
     new = Guard.open(pin_dir, grace_ns=NEVER_STALE_NS)
