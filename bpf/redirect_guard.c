@@ -2,7 +2,7 @@
  *
  * Hook:  xt_bpf, the first packet of a TCP connection in the nat table (the rules of
  *        init/plan.py); since Linux 4.16 for pinned programs.
- * Cost:  one clock read, two map lookups, and a third where every port is meant.
+ * Cost:  0.4 us of the 50 that a connection takes over veth (tests/bench/test_guard.py).
  * Blind: connections made before the answer changed, as the nat table asks only once;
  *        IPv6 with extension headers, which is never redirected.
  *
