@@ -32,7 +32,7 @@ def test_what_the_guard_costs_a_connection(two_ns_veth, pin_dir):  # noqa: F811
     with server.inside():
         listener = socket.create_server((server.ipv4, 8080))
     with listener, client.inside():
-        ratios = {"rules": [], "guard": []}
+        ratios: dict[str, list[float]] = {"rules": [], "guard": []}
         for _ in range(ROUNDS):
             podspan(client, "init", "clean")
             without = connections_per_s(listener)
@@ -67,7 +67,7 @@ def counting(guard):
     """Yield a dictionary that gets the guard's runs and nanoseconds of the block."""
     before = STATS_ENABLED.read_text()
     fd = syscall.obj_get(guard.path)
-    count = {}
+    count: dict[str, int] = {}
     STATS_ENABLED.write_text("1")
     try:
         yield count
