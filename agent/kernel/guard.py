@@ -94,10 +94,8 @@ class Guard:
                     "redirect_guard.c", {"MAX_POLICIES": MAX_POLICIES}
                 )
                 stack.callback(compiled.cleanup)
-                states, policies = (
-                    compiled[STATES.encode()],
-                    compiled[POLICIES.encode()],
-                )
+                states = compiled[STATES.encode()]
+                policies = compiled[POLICIES.encode()]
                 fds = {STATES: states.map_fd, POLICIES: policies.map_fd}
                 maps = _pin(pin_dir, _load(compiled), fds)
                 guard = cls(pin_dir, maps, states.Leaf(grace_ns=grace_ns), policies.Key)
@@ -119,8 +117,9 @@ class Guard:
     def want(self, netns: int, wants: Collection[Want]) -> None:
         """Redirect these connections of a namespace, by its inode, and no others.
 
-        Connections that exist stay as they are. Raises KernelError where the table has
-        no room; then nothing of the namespace is redirected.
+        Connections that exist stay as they are; to repeat it costs nothing. Raises
+        KernelError where the table has no room: then nothing of the namespace is
+        redirected.
         """
         old = self._wanted.get(netns, frozenset())
         new = frozenset(wants)
