@@ -25,6 +25,9 @@ PROPAGATED = ("b3multi", "b3", "tracecontext")
 MAX_CONNECTIONS = 2**20
 DAY_S = 24 * 60 * 60
 
+# A busy node delays a heartbeat by more than one interval; that ends no redirection.
+MISSED_BEATS = 3
+
 EXAMPLES = """\
 examples:
   podspan agent --tree
@@ -56,6 +59,8 @@ class Config:
     max_path: int
     no_query: bool
     max_connections: int
+    heartbeat_interval: float  # seconds
+    guard_grace: float  # seconds; at least MISSED_BEATS intervals
     log_level: str
     ready_file: str | None
 
@@ -91,6 +96,18 @@ def _number(least: int, most: int) -> Callable[[str], int]:
         if not plain or not least <= int(text) <= most:
             raise ValueError(f"use a number from {least} to {most}")
         return int(text)
+
+    return read
+
+
+def _seconds(least: float, most: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        plain = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?", text)
+        if not plain or not least <= float(text) <= most:
+            raise ValueError(
+                f"use {least:g} to {most:g} seconds, with three decimals at most"
+            )
+        return float(text)
 
     return read
 
@@ -231,6 +248,21 @@ OPTIONS = (
         _number(1, MAX_CONNECTIONS),
         "connections traced at the same time",
     ),
+    Option(
+        "--heartbeat-interval",
+        "SECONDS",
+        0.25,
+        _seconds(0.1, 60),
+        "tell the redirect guard so often that the agent is alive",
+    ),
+    Option(
+        "--guard-grace",
+        "SECONDS",
+        2.0,
+        _seconds(0.3, 600),
+        "redirect no new connection once the last heartbeat is older; at least "
+        f"{MISSED_BEATS} intervals",
+    ),
     Option("--log-level", "L", "info", _one_of(*LOG_LEVELS), ", ".join(LOG_LEVELS)),
     Option(
         "--ready-file",
@@ -299,6 +331,14 @@ def _check(config: Config) -> None:
     if config.no_tcp and config.tcp_interval:
         raise UsageError(
             "--tcp-interval asks for TCP spans, --no-tcp for none", "leave one off"
+        )
+    least = round(MISSED_BEATS * config.heartbeat_interval, 3)
+    if config.guard_grace < least:
+        raise UsageError(
+            f"--guard-grace {config.guard_grace:g} is less than {MISSED_BEATS} times "
+            f"--heartbeat-interval {config.heartbeat_interval:g}: one late heartbeat "
+            "would end the redirection",
+            f"use --guard-grace {least:g} or more, or a shorter interval",
         )
     if config.zipkin is not None:
         # Here, not above: `podspan agent --help` needs no HTTP client.

@@ -50,8 +50,6 @@ log = logging.getLogger(__name__)
 
 POLL_MS = 100
 
-# The redirect guard falls back two seconds after the last heartbeat.
-HEARTBEAT_S = 0.25
 EXPORT_TICK_S = 0.5
 SELECT_S = 1.0
 GO_S = 1.0
@@ -160,7 +158,7 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         losses = Losses(lambda: {**tracer.losses(), **exporters.losses()})
         stack.callback(losses.sum_up)
         tasks = [
-            Periodic(HEARTBEAT_S, tracer.heartbeat),
+            Periodic(config.heartbeat_interval, tracer.heartbeat),
             Periodic(EXPORT_TICK_S, exporters.tick),
             Periodic(SELECT_S, lambda: selection.follow(select)),
             Periodic(SELECT_S, lambda: tracer.set_sampling(_rates(pods_by_netns()))),

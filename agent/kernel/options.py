@@ -1,4 +1,4 @@
-"""What the user can choose of how the kernel traces, as defines of bpf/tracer.c."""
+"""What the user can choose of what the kernel's programs do."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Options:
     propagate: frozenset[str] = frozenset({"b3multi"})
     tcp: bool = True
     tcp_interval: int = 0  # seconds; 0: never
+    guard_grace: float = 2.0  # seconds
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -31,10 +32,16 @@ class Options:
             config.propagate,
             not config.no_tcp,
             config.tcp_interval,
+            config.guard_grace,
         )
 
+    @property
+    def guard_grace_ns(self) -> int:
+        """How long the redirect guard takes a heartbeat for fresh."""
+        return round(self.guard_grace * SECOND_NS)
+
     def defines(self) -> dict[str, int]:
-        """Return names and values for the compiler."""
+        """Return names and values for the compiler of bpf/tracer.c."""
         return {
             "SPAN_IDS_CHILD": int(self.span_ids == "child"),
             "UNSAMPLED_DEFER": int(self.unsampled == "defer"),

@@ -305,7 +305,7 @@ class Tracer:
             self._ring.open_ring_buffer(self._take)
             self._programs.attach_requests()
             self._try_requests()
-            self._guard = Guard.open()
+            self._guard = Guard.open(grace_ns=self._options.guard_grace_ns)
             stack.callback(self._guard.close)
             state = State(self._programs.bpf, PIN_DIR)
             self.inherited = state.inherit(self._take_inherited)

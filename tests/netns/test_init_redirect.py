@@ -1,26 +1,21 @@
 """Where connections really go: the rules and the guard together, on real sockets."""
 
-import select
-import socket
-import struct
-import sys
 import time
-from contextlib import ExitStack
-from ipaddress import ip_address
 
 import pytest
+from netns.redirect_pods import (
+    DEADLINE_S,
+    EVERYTHING,
+    NEVER_STALE_NS,
+    SERVICE_PORT,
+    Pods,
+    init_apply,
+    inode,
+    original_destination,
+    podspan,
+)
 from podspan.agent.kernel.guard import Guard
 from podspan.init.plan import AGENT_MARK, INBOUND_PORT, OUTBOUND_PORT
-
-SERVICE_PORT = 8080
-SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same
-SO_MARK = 36
-
-NEVER_STALE_NS = 600 * 10**9
-DEADLINE_S = 20
-
-FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
-
 
 every_table = pytest.mark.parametrize(
     ("variant", "version"),
@@ -40,19 +35,19 @@ def compiled_guard(bpffs):
 
 
 @pytest.fixture
-def guard(compiled_guard):
+def guard(compiled_guard, two_ns_veth):
     """A guard that wants redirection, and whose heartbeat stays fresh for the test."""
-    compiled_guard.want(True)
-    compiled_guard.beat(time.monotonic_ns())
-    return compiled_guard
+    want_everything(compiled_guard, two_ns_veth)
+    yield compiled_guard
+    for namespace in two_ns_veth:
+        compiled_guard.forget(inode(namespace))
 
 
 @pytest.fixture
-def mortal_guard(pin_dir):
+def mortal_guard(pin_dir, two_ns_veth):
     """As `guard`, but the test may end it."""
     guard = Guard.open(pin_dir, grace_ns=NEVER_STALE_NS)
-    guard.want(True)
-    guard.beat(time.monotonic_ns())
+    want_everything(guard, two_ns_veth)
     yield guard
     guard.close()
 
@@ -120,7 +115,7 @@ def test_without_a_heartbeat_redirection_ends_by_itself(pods, guard):
 
 def test_an_agent_that_wants_no_redirection_gets_none(pods, guard):
     init_apply(pods.client, guard)
-    guard.want(False)
+    guard.want(inode(pods.client), ())
 
     assert pods.connect()[0] == ("server", SERVICE_PORT)
 
@@ -134,13 +129,12 @@ def test_an_agent_that_ends_well_ends_redirection_at_once(pods, mortal_guard):
     assert pods.connect()[0] == ("server", SERVICE_PORT)
 
 
-def test_rules_made_under_one_agent_follow_the_next(pods, mortal_guard):
+def test_rules_made_under_one_agent_follow_the_next(pods, mortal_guard, two_ns_veth):
     init_apply(pods.client, mortal_guard)
     mortal_guard.close()
 
     successor = Guard.open(mortal_guard.path.parent, grace_ns=NEVER_STALE_NS)
-    successor.want(True)
-    successor.beat(time.monotonic_ns())
+    want_everything(successor, two_ns_veth)
 
     assert pods.connect()[0] == ("client", OUTBOUND_PORT)
     successor.close()
@@ -195,64 +189,7 @@ def test_without_a_guard_redirection_is_unconditional(pods):
     assert pods.connect()[0] == ("client", OUTBOUND_PORT)
 
 
-class Pods:
-    """A client and a server namespace with listeners, and who accepted what."""
-
-    def __init__(self, version, client, server):
-        self.version = version
-        self.client = client
-        self.server = server
-        self.server_address = server.ipv4 if version == 4 else server.ipv6
-        self.loopback = "127.0.0.1" if version == 4 else "::1"
-        self._stack = ExitStack()
-        self._listeners = {}
-
-    def __enter__(self):
-        for name, namespace in (("client", self.client), ("server", self.server)):
-            with namespace.inside():
-                for port in (OUTBOUND_PORT, INBOUND_PORT, SERVICE_PORT):
-                    listener = self._stack.enter_context(self._socket())
-                    listener.bind(("", port))
-                    listener.listen()
-                    self._listeners[listener] = (name, port)
-        return self
-
-    def __exit__(self, *exc_info):
-        self._stack.close()
-
-    def connect(self, namespace=None, address=None, mark=0):
-        """Connect to the service; return who accepted it, and the accepted socket."""
-        with (namespace or self.client).inside():
-            client = self._stack.enter_context(self._socket())
-        client.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
-        client.settimeout(DEADLINE_S)
-        client.connect((address or self.server_address, SERVICE_PORT))
-        [listener], _, _ = select.select(list(self._listeners), [], [], DEADLINE_S)
-        accepted, _ = listener.accept()
-        self._stack.enter_context(accepted)
-        return self._listeners[listener], accepted
-
-    def _socket(self):
-        made = socket.socket(FAMILIES[self.version], socket.SOCK_STREAM)
-        if self.version == 6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        return made
-
-
-def original_destination(accepted):
-    """Read where a redirected connection was going, as the engine will."""
-    if accepted.family == socket.AF_INET:
-        raw = accepted.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)
-        _, port, address = struct.unpack_from("!HH4s", raw)
-    else:
-        raw = accepted.getsockopt(socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28)
-        _, port, _, address = struct.unpack_from("!HHI16s", raw)
-    return str(ip_address(address)), port
-
-
-def init_apply(namespace, guard, *options):
-    podspan(namespace, "init", "apply", "--guard", str(guard.path), *options)
-
-
-def podspan(namespace, *arguments):
-    return namespace.run(sys.executable, "-m", "podspan.agent", *arguments)
+def want_everything(guard, namespaces):
+    for namespace in namespaces:
+        guard.want(inode(namespace), EVERYTHING)
+    guard.beat(time.monotonic_ns())

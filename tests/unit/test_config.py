@@ -22,6 +22,8 @@ DEFAULTS = Config(
     max_path=256,
     no_query=False,
     max_connections=16384,
+    heartbeat_interval=0.25,
+    guard_grace=2.0,
     log_level="info",
     ready_file=None,
 )
@@ -42,6 +44,7 @@ def test_flags():
     argv += ["--span-ids", "child", "--sampling", "0.29", "--unsampled", "defer"]
     argv += ["--propagate", "b3, tracecontext,b3", "--tcp-interval", "60"]
     argv += ["--tags", "OTEL", "--max-path", "64", "--no-query"]
+    argv += ["--heartbeat-interval", "0.5", "--guard-grace", "1.5"]
     assert parse(argv, {}) == Config(
         zipkin="http://z:9411",
         json="-",
@@ -57,6 +60,8 @@ def test_flags():
         max_path=64,
         no_query=True,
         max_connections=10,
+        heartbeat_interval=0.5,
+        guard_grace=1.5,
         log_level="debug",
         ready_file="r",
     )
@@ -95,6 +100,11 @@ def test_a_sampling_rate_is_a_percentage_to_the_hundredth(text, percent):
     assert parse(["--sampling", text], {}).sampling == percent
 
 
+def test_a_grace_of_exactly_three_intervals_is_enough():
+    made = parse(["--heartbeat-interval", "0.1", "--guard-grace", "0.3"], {})
+    assert (made.heartbeat_interval, made.guard_grace) == (0.1, 0.3)
+
+
 @pytest.mark.parametrize(
     "text",
     ["-1", "100.01", "0.001", "1e1", "1.", ".5", "nan", "50%", "101", "1_0", "٣"],
@@ -125,6 +135,18 @@ def test_what_is_no_sampling_rate(text):
         (["--max-path", "257"], "use a number from 1 to 256", "--help"),
         (["--tcp-interval", "-1"], "use a number from 0 to 86400", "--help"),
         (["--tcp-interval", "1", "--no-tcp"], "--no-tcp for none", "leave one off"),
+        (["--heartbeat-interval", "0.09"], "use 0.1 to 60 seconds", "--help"),
+        (["--heartbeat-interval", "61"], "use 0.1 to 60 seconds", "--help"),
+        (["--heartbeat-interval", "1e0"], "three decimals at most", "--help"),
+        (["--guard-grace", "0.2"], "use 0.3 to 600 seconds", "--help"),
+        (["--guard-grace", "601"], "use 0.3 to 600 seconds", "--help"),
+        (["--guard-grace", "nan"], "three decimals at most", "--help"),
+        (
+            ["--guard-grace", "0.749"],
+            "--guard-grace 0.749 is less than 3 times --heartbeat-interval 0.25",
+            "--guard-grace 0.75 or more",
+        ),
+        (["--heartbeat-interval", "0.667"], "is less than 3 times", "2.001 or more"),
         (["--log-level", "loud"], "debug, info, warning, error", "--help"),
         (["--zipkin", "z:9411"], "not an http or https URL: 'z:9411'", "http://"),
         (["--zipkin", "http://"], "not a URL", "http://"),

@@ -27,7 +27,7 @@ from podspan.agent.exchange import Exchange
 from podspan.agent.kernel.enrol import Enrolment
 from podspan.agent.kernel.state import Inherited
 from podspan.agent.pods.names import ServiceNames
-from podspan.agent.service import HEARTBEAT_S, Losses, Periodic, run
+from podspan.agent.service import Losses, Periodic, run
 from unit.kernel_struct import exchange_record
 
 OWN_NETNS = Path("/proc/self/ns/net")
@@ -241,9 +241,10 @@ def test_an_exporter_that_fails_within_a_poll_ends_the_agent():
 
 def test_the_heart_beats_from_the_start_and_keeps_beating():
     tracer = FakeTracer(until(lambda tracer: len(tracer.beats) == 4))
-    run(settings(), tracer)
+    run(settings("--heartbeat-interval", "0.15", "--guard-grace", "0.5"), tracer)
     gaps = [later - at for at, later in pairwise(tracer.beats)]
-    assert min(gaps) >= HEARTBEAT_S * 0.9
+    assert min(gaps) >= 0.15 * 0.9
+    assert tracer.options.guard_grace_ns == 500_000_000
 
 
 def test_settings_reach_the_tracer():
