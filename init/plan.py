@@ -33,6 +33,9 @@ INBOUND_PORT: Final = 15006
 # value that Istio's in-pod ztunnel uses, which other tools thus already leave alone.
 AGENT_MARK: Final = 0x539
 
+# The mark of a SYN that waited at the gate (agent/redirect/gate.py) and may come in.
+GATE_MARK: Final = 0x53A
+
 # Where the agent pins the program that says whether a connection may be redirected.
 GUARD_PATH: Final = "/sys/fs/bpf/podspan/redirect_guard"
 

@@ -1,0 +1,236 @@
+"""The gate: a connection's SYN waits in the kernel until its destination has answered.
+
+Once a connection is accepted here, the application's connect(2) has succeeded, whatever
+the destination then says. So the SYN is held in an nfnetlink queue (linux/netfilter/
+nfnetlink_queue.h) while the worker connects. If that succeeds the SYN is sent into
+the REDIRECT rule; if not, it goes the way it would have gone, and the application sees
+the very error that it would have seen. The rules, of init/plan.py:
+
+    -m mark --mark 0x53a -j REDIRECT
+    -j NFQUEUE --queue-num 15001 --queue-bypass
+
+Where nobody holds the queue, or it is full, the kernel lets the SYN pass: no worker, no
+redirection, at once.
+
+By hand, because no kept library speaks nfnetlink_queue (pyroute2 0.9 does not).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
+
+from podspan.agent.errors import FeatureMissing, NoPrivilege
+from podspan.init.plan import AGENT_MARK, GATE_MARK
+
+NETLINK_NETFILTER: Final = 12  # linux/netlink.h
+NLMSG_ERROR: Final = 2
+NLM_F_REQUEST: Final = 0x1
+NLM_F_ACK: Final = 0x4
+NLA_TYPE: Final = 0x3FFF
+NFNL_SUBSYS_QUEUE: Final = 3  # linux/netfilter/nfnetlink.h
+
+# linux/netfilter/nfnetlink_queue.h
+NFQNL_MSG_PACKET: Final = 0
+NFQNL_MSG_VERDICT: Final = 1
+NFQNL_MSG_CONFIG: Final = 2
+NFQA_PACKET_HDR: Final = 1
+NFQA_VERDICT_HDR: Final = 2
+NFQA_MARK: Final = 3
+NFQA_PAYLOAD: Final = 10
+NFQA_CFG_CMD: Final = 1
+NFQA_CFG_PARAMS: Final = 2
+NFQA_CFG_QUEUE_MAXLEN: Final = 3
+NFQA_CFG_MASK: Final = 4
+NFQA_CFG_FLAGS: Final = 5
+NFQNL_CFG_CMD_BIND: Final = 1
+NFQNL_COPY_PACKET: Final = 2
+NFQA_CFG_F_FAIL_OPEN: Final = 1  # since 3.6: what finds no room passes
+
+# linux/netfilter.h: the rules are walked again, with the mark.
+NF_REPEAT: Final = 4
+
+HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr
+GENERIC: Final = struct.Struct("!BBH")  # struct nfgenmsg: family, version, queue
+ATTRIBUTE: Final = struct.Struct("=HH")  # struct nlattr
+CODE: Final = struct.Struct("=i")
+PORTS: Final = struct.Struct("!HH")
+
+# A SYN's headers, options included: IPv6's 40 bytes, few extensions, TCP's 60.
+COPY_BYTES: Final = 128
+# Connections that wait at the same time; the kernel holds their packets.
+QUEUE_PACKETS: Final = 4096
+RECEIVE_BYTES: Final = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Whom a SYN is from, and for whom it is meant."""
+
+    source: str
+    source_port: int
+    destination: str
+    destination_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A packet that waits; `flow` is None where it is not TCP's, or not told."""
+
+    number: int
+    flow: Flow | None
+
+
+class Gate:
+    """A queue of the network namespace that the calling thread is in.
+
+    Raises NoPrivilege without CAP_NET_ADMIN, FeatureMissing where the kernel has no
+    nfnetlink_queue or another process has this queue.
+    """
+
+    def __init__(self, queue: int) -> None:
+        self._queue = queue
+        self.overruns = 0  # packets that passed, because we did not come to reading
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
+        )
+        try:
+            self._configure(_attribute(NFQA_CFG_CMD, _command(NFQNL_CFG_CMD_BIND)))
+            params = struct.pack("!IB", COPY_BYTES, NFQNL_COPY_PACKET)
+            fail_open = struct.pack("!I", NFQA_CFG_F_FAIL_OPEN)
+            self._configure(
+                _attribute(NFQA_CFG_PARAMS, params)
+                + _attribute(NFQA_CFG_QUEUE_MAXLEN, struct.pack("!I", QUEUE_PACKETS))
+                + _attribute(NFQA_CFG_MASK, fail_open)
+                + _attribute(NFQA_CFG_FLAGS, fail_open)
+            )
+        except OSError as exc:
+            self._socket.close()
+            raise _explained(exc, queue) from exc
+        self._socket.setblocking(False)
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when a packet waits."""
+        return self._socket.fileno()
+
+    def receive(self) -> list[Held]:
+        """Return what has come, without waiting."""
+        try:
+            return list(parse(self._socket.recv(RECEIVE_BYTES)))
+        except BlockingIOError:
+            return []
+        except OSError as exc:
+            if exc.errno != errno.ENOBUFS:
+                raise
+            self.overruns += 1
+            return []
+
+    def redirect(self, held: Held) -> None:
+        """Let it come to the listener."""
+        self._verdict(held, GATE_MARK)
+
+    def direct(self, held: Held) -> None:
+        """Let it go to whom it is meant for."""
+        self._verdict(held, AGENT_MARK)
+
+    def close(self) -> None:
+        """Give the queue up. What waits is dropped, and goes direct when sent again."""
+        self._socket.close()
+
+    def _verdict(self, held: Held, mark: int) -> None:
+        body = _attribute(
+            NFQA_VERDICT_HDR, struct.pack("!II", NF_REPEAT, held.number)
+        ) + _attribute(NFQA_MARK, struct.pack("!I", mark))
+        self._socket.send(_message(NFQNL_MSG_VERDICT, self._queue, body))
+
+    def _configure(self, attributes: bytes) -> None:
+        self._socket.send(
+            _message(NFQNL_MSG_CONFIG, self._queue, attributes, NLM_F_ACK)
+        )
+        answer = self._socket.recv(RECEIVE_BYTES)
+        (code,) = CODE.unpack_from(answer, HEADER.size)
+        if code:
+            raise OSError(-code, os.strerror(-code))
+
+
+def parse(datagram: bytes) -> Iterator[Held]:
+    """Yield the packets of one netlink datagram; other messages are left out."""
+    at = 0
+    while at + HEADER.size <= len(datagram):
+        length, kind, *_ = HEADER.unpack_from(datagram, at)
+        end = min(at + length, len(datagram))
+        if kind == NFNL_SUBSYS_QUEUE << 8 | NFQNL_MSG_PACKET:
+            found = dict(_attributes(datagram[at + HEADER.size + GENERIC.size : end]))
+            number = int.from_bytes(found[NFQA_PACKET_HDR][:4], "big")
+            yield Held(number, flow_of(found.get(NFQA_PAYLOAD, b"")))
+        at += max(HEADER.size, (length + 3) & ~3)
+
+
+def flow_of(packet: bytes) -> Flow | None:
+    """Return whose SYN this is; None where it is none.
+
+    IPv6 extension headers before TCP's are nothing that a pod sends: such goes direct.
+    """
+    version = packet[0] >> 4 if packet else 0
+    try:
+        if version == 4 and packet[9] == socket.IPPROTO_TCP:
+            at = (packet[0] & 15) * 4
+            source = str(IPv4Address(packet[12:16]))
+            destination = str(IPv4Address(packet[16:20]))
+        elif version == 6 and packet[6] == socket.IPPROTO_TCP:
+            at = 40
+            source = str(IPv6Address(packet[8:24]))
+            destination = str(IPv6Address(packet[24:40]))
+        else:
+            return None
+        source_port, destination_port = PORTS.unpack_from(packet, at)
+    except (IndexError, ValueError, struct.error):
+        return None
+    return Flow(source, source_port, destination, destination_port)
+
+
+def _command(command: int) -> bytes:
+    return struct.pack("!BBH", command, 0, 0)
+
+
+def _message(kind: int, queue: int, attributes: bytes, flags: int = 0) -> bytes:
+    body = GENERIC.pack(socket.AF_UNSPEC, 0, queue) + attributes
+    size = HEADER.size + len(body)
+    kind |= NFNL_SUBSYS_QUEUE << 8
+    return HEADER.pack(size, kind, NLM_F_REQUEST | flags, 0, 0) + body
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    size = ATTRIBUTE.size + len(value)
+    return ATTRIBUTE.pack(size, kind) + value + bytes(-size % 4)
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + ATTRIBUTE.size <= len(data):
+        length, kind = ATTRIBUTE.unpack_from(data, at)
+        yield kind & NLA_TYPE, data[at + ATTRIBUTE.size : at + length]
+        at += max(ATTRIBUTE.size, (length + 3) & ~3)
+
+
+def _explained(exc: OSError, queue: int) -> NoPrivilege | FeatureMissing:
+    # The kernel answers EPERM as well where another socket has the queue: the socket
+    # can be made by anyone, so tell by who we are.
+    if exc.errno == errno.EPERM and os.geteuid() != 0:
+        return NoPrivilege(f"cannot hold packets: {exc}", hint="needs CAP_NET_ADMIN")
+    if exc.errno in {errno.EPERM, errno.EBUSY}:
+        return FeatureMissing(
+            f"queue {queue} of this network namespace is taken",
+            hint="another agent serves this pod: see /proc/net/netfilter/"
+            "nfnetlink_queue",
+        )
+    return FeatureMissing(
+        f"cannot hold packets: {exc}",
+        hint="modprobe nfnetlink_queue (CONFIG_NETFILTER_NETLINK_QUEUE)",
+    )
