@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from podspan.agent.engine import ENGINES
 from podspan.agent.errors import UsageError
 from podspan.agent.tags import CONVENTIONS
 from podspan.agent.url import TARGET_CUT
@@ -21,8 +22,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 SPAN_IDS = ("shared", "child")
 UNSAMPLED = ("0", "defer")
 PROPAGATED = ("b3multi", "b3", "tracecontext")
+INBOUND_SOURCES = ("auto", "loopback")
 
 MAX_CONNECTIONS = 2**20
+MAX_WORKERS = 64
 DAY_S = 24 * 60 * 60
 
 # A busy node delays a heartbeat by more than one interval; that ends no redirection.
@@ -59,6 +62,9 @@ class Config:
     max_path: int
     no_query: bool
     max_connections: int
+    engine: str  # one of ENGINES
+    redirect_workers: int
+    inbound_source: str  # one of INBOUND_SOURCES
     heartbeat_interval: float  # seconds
     guard_grace: float  # seconds; at least MISSED_BEATS intervals
     log_level: str
@@ -247,6 +253,29 @@ OPTIONS = (
         16384,
         _number(1, MAX_CONNECTIONS),
         "connections traced at the same time",
+    ),
+    Option(
+        "--engine",
+        "|".join(ENGINES),
+        "auto",
+        _one_of(*ENGINES),
+        "what writes headers into requests; auto: the kernel, where its self-test "
+        "passes, and workers for the edge and HTTP/2. A pod's podspan.io/engine wins",
+    ),
+    Option(
+        "--redirect-workers",
+        "N",
+        1,
+        _number(1, MAX_WORKERS),
+        "processes for redirected connections; none runs while no pod needs one",
+    ),
+    Option(
+        "--inbound-source",
+        "|".join(INBOUND_SOURCES),
+        "auto",
+        _one_of(*INBOUND_SOURCES),
+        "a pod sees redirected clients by their own address where init and kernel "
+        "allow, else by 127.0.0.6, as in Istio; loopback: always that",
     ),
     Option(
         "--heartbeat-interval",

@@ -29,13 +29,15 @@ from typing import Protocol
 from podspan.agent import version
 from podspan.agent.clock import Clock
 from podspan.agent.config import Config
+from podspan.agent.engine import KERNEL, plan_of
 from podspan.agent.errors import FeatureMissing, NoPrivilege, UsageError
-from podspan.agent.exchange import Exchange
+from podspan.agent.exchange import Exchange, Role
 from podspan.agent.export import Exporter
 from podspan.agent.export.jsonl import JsonLinesExporter
 from podspan.agent.export.tree import TreeExporter
 from podspan.agent.export.zipkin import ZipkinExporter
 from podspan.agent.kernel.enrol import Enrolment
+from podspan.agent.kernel.guard import Want
 from podspan.agent.kernel.options import Options
 from podspan.agent.kernel.state import Inherited
 from podspan.agent.pods.kubernetes import cluster_of
@@ -44,6 +46,7 @@ from podspan.agent.pods.node import NodePods
 from podspan.agent.pods.pod import Pod
 from podspan.agent.pods.runtimes import GoProcesses
 from podspan.agent.span import Span, SpanOptions, span_of
+from podspan.agent.steering import Steering
 from podspan.agent.tree import WIDTH
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ POLL_MS = 100
 EXPORT_TICK_S = 0.5
 SELECT_S = 1.0
 GO_S = 1.0
+WORKERS_S = 0.1
 CLOCK_S = 1.0
 LOSSES_S = 10.0
 
@@ -69,8 +73,7 @@ EXPORT_LOSSES = ("dropped", "failed", "refused")
 class Tracer(Protocol):
     """What the loop needs of podspan.agent.kernel.tracer."""
 
-    engine: str
-    engine_reason: str
+    fault: str | None  # what the kernel engine's self-test found
     inherited: Inherited
     enrolment: Enrolment
 
@@ -88,6 +91,18 @@ class Tracer(Protocol):
 
     def set_roaming(self, come: Iterable[int], gone: Iterable[int]) -> None:
         """Claim no parent by thread in these processes: their work roams."""
+
+    def set_plans(self, plans: Mapping[int, int]) -> None:
+        """Set what is written where: POLICY_ bits by namespace."""
+
+    def redirect(self, netns: int, wants: Collection[Want]) -> None:
+        """Redirect these connections of a namespace, and no others."""
+
+    def handoff_fds(self) -> tuple[int, int, int]:
+        """Return the descriptors that redirect workers inherit."""
+
+    def http2_ports(self) -> frozenset[tuple[int, int, Role]]:
+        """Return where HTTP/2 was seen: namespace, called port, our role."""
 
     def losses(self) -> dict[str, int]:
         """Return what was lost since the start, by reason."""
@@ -141,7 +156,9 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
                 on_warning=log.warning,
             )
         )
-        log.info("attached: engine=%s reason=%r", tracer.engine, tracer.engine_reason)
+        node = plan_of(config.engine, tracer.fault)
+        _require(config.engine, tracer.fault)
+        log.info("attached: engine=%s reason=%r", node.engine, node.reason)
         if tracer.inherited:
             log.info("taken over from an earlier agent: %s", tracer.inherited)
         log.info("connections older than the agent: %s", tracer.enrolment)
@@ -155,18 +172,25 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
             look_for_go(netns)
             tracer.select(netns)
 
-        losses = Losses(lambda: {**tracer.losses(), **exporters.losses()})
+        steering = Steering(config, tracer, names, lambda: selection.netns, sink.take)
+        stack.callback(steering.close)
+        losses = Losses(
+            lambda: {**tracer.losses(), **exporters.losses(), **steering.losses()}
+        )
         stack.callback(losses.sum_up)
         tasks = [
             Periodic(config.heartbeat_interval, tracer.heartbeat),
             Periodic(EXPORT_TICK_S, exporters.tick),
             Periodic(SELECT_S, lambda: selection.follow(select)),
             Periodic(SELECT_S, lambda: tracer.set_sampling(_rates(pods_by_netns()))),
+            Periodic(SELECT_S, steering.follow),
+            Periodic(WORKERS_S, steering.poll),
             Periodic(GO_S, lambda: look_for_go(selection.netns)),
             Periodic(CLOCK_S, clock.refresh),
             Periodic(LOSSES_S, losses.report),
         ]
         tracer.heartbeat()
+        steering.follow()
         if ready_file:
             stack.enter_context(_ready(ready_file))
         _loop(stop, tracer, sink, tasks)
@@ -378,6 +402,15 @@ class Losses:
 
 def _facts(counts: dict[str, int]) -> str:
     return " ".join(f"{reason}={count}" for reason, count in counts.items() if count)
+
+
+def _require(engine: str, fault: str | None) -> None:
+    """Raise where the engine that was asked for does not work here."""
+    if engine == KERNEL and fault is not None:
+        raise FeatureMissing(
+            f"--engine kernel: its self-test failed: {fault}",
+            "use --engine auto, which then redirects, or another kernel",
+        )
 
 
 def _kernel_tracer() -> OpenTracer:

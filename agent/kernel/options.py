@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from typing import Self
 
 from podspan.agent.config import Config
+from podspan.agent.engine import AUTO, KERNEL
 
 SECOND_NS = 1_000_000_000
+
+# What is done in a network namespace: POLICY_ of bpf/connection.h.
+POLICY_NONE, POLICY_TRACE, POLICY_ENROL, POLICY_REDIRECT = 0, 1, 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,7 @@ class Options:
     tcp: bool = True
     tcp_interval: int = 0  # seconds; 0: never
     guard_grace: float = 2.0  # seconds
+    enrol: bool = True  # where no plan says otherwise
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -33,6 +38,7 @@ class Options:
             not config.no_tcp,
             config.tcp_interval,
             config.guard_grace,
+            config.engine in {AUTO, KERNEL},
         )
 
     @property

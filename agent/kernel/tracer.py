@@ -21,9 +21,15 @@ from podspan.agent.errors import FeatureMissing, ProgramRejected
 from podspan.agent.exchange import Exchange, Role
 from podspan.agent.kernel import grammar, program, selftest, syscall
 from podspan.agent.kernel.enrol import Enrolment, enrol_existing
-from podspan.agent.kernel.guard import PIN_DIR, Guard
+from podspan.agent.kernel.guard import PIN_DIR, Guard, Want
 from podspan.agent.kernel.handoff import HTTP2_KEY, http2_port
-from podspan.agent.kernel.options import Options
+from podspan.agent.kernel.options import (
+    POLICY_ENROL,
+    POLICY_NONE,
+    POLICY_REDIRECT,
+    POLICY_TRACE,
+    Options,
+)
 from podspan.agent.kernel.state import Inherited, State, only_agent
 from podspan.agent.pods.processes import own_netns
 from podspan.agent.pods.sockets import Connection, find_connections
@@ -50,7 +56,6 @@ SETTINGS = {
 # Exchanges handed over by one poll: the heartbeat waits no longer than that takes.
 POLL_MAX = 8192
 
-POLICY_NONE, POLICY_TRACE, POLICY_ENROL, POLICY_REDIRECT = 0, 1, 2, 4
 POLICY = struct.Struct("=QB7x")  # struct policy of bpf/connection.h
 OLD_SOCKET = struct.Struct("=B")
 
@@ -274,8 +279,7 @@ class Tracer:
         `roaming` and `plans`: as `set_roaming` and `set_plans`, from the first exchange
         on.
         """
-        self.engine = "off"
-        self.engine_reason = "not tried"
+        self.fault: str | None = "not tried"
         self.inherited = Inherited()
         self.enrolment = Enrolment(0, 0, {})
         self._max_connections = max_connections
@@ -366,6 +370,10 @@ class Tracer:
         self._plans = plans
         self._set_policies()
 
+    def redirect(self, netns: int, wants: Collection[Want]) -> None:
+        """Redirect these connections of a namespace, while the heartbeat is fresh."""
+        self._guard.want(netns, wants)
+
     def handoff_fds(self) -> tuple[int, int, int]:
         """Return what `Handoff` takes; a child inherits it by subprocess's pass_fds.
 
@@ -393,14 +401,15 @@ class Tracer:
 
     @property
     def _what(self) -> int:
-        return POLICY_TRACE | (POLICY_ENROL if self.engine == "kernel" else 0)
+        enrol = self._options.enrol and self.fault is None
+        return POLICY_TRACE | (POLICY_ENROL if enrol else 0)
 
     def _what_in(self, netns: int) -> int:
         """As `_what`, or as planned for this namespace; never what failed its test."""
         if netns not in self._plans:
             return self._what
-        allowed = self._what | POLICY_REDIRECT
-        return POLICY_TRACE | (self._plans[netns] & allowed)
+        enrol = POLICY_ENROL if self.fault is None else 0
+        return POLICY_TRACE | (self._plans[netns] & (enrol | POLICY_REDIRECT))
 
     def _set_policies(self) -> None:
         """Bring the kernel's table in line with what is selected, planned, sampled."""
@@ -448,13 +457,7 @@ class Tracer:
         self._programs.bpf.ring_buffer_consume()
         self._trying = False
         self._losses_of_trial = self._programs.losses()
-        if fault is None:
-            self.engine, self.engine_reason = "kernel", "self-test passed"
-        else:
-            self.engine, self.engine_reason = "off", fault
-            self._on_warning(
-                f"no header is written into requests: self-test failed: {fault}"
-            )
+        self.fault = fault
 
     def _take_inherited(self, data: int) -> None:
         self._on_exchange(Exchange.from_kernel(self._ring.event(data)))

@@ -45,6 +45,14 @@ class ServiceNames:
         """Return the pod whose namespace this is, where that is known."""
         return self._pods_by_netns().get(netns)
 
+    def pods(self) -> frozenset[int]:
+        """Return the namespaces that are known to be a pod's."""
+        return frozenset(self._pods_by_netns())
+
+    def paths(self) -> dict[int, Path]:
+        """Return where those namespaces that have a name can be entered."""
+        return {netns: self._directory / name for netns, name in self._names.items()}
+
     def name(self, netns: int, comm: str) -> str:
         """Return the service that lives in a namespace; by default `comm`."""
         pod = self.pod(netns)

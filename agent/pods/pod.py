@@ -9,8 +9,12 @@ label that Istio's canonical service goes by.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+from podspan.agent.engine import ANNOTATION as ENGINE
+from podspan.agent.engine import EDGE, ENGINES
 
 SAMPLING = "podspan.io/sampling"
 
@@ -32,6 +36,15 @@ REVISION_LABELS = (
     "version",
 )
 NO_REVISION = "latest"
+
+RATE_HINT = (
+    'write a percentage from 0 to 100, as in "12.5"; '
+    "until then the rate of the node counts"
+)
+ENGINE_HINT = f"write one of {', '.join(ENGINES)}; until then the node's counts"
+EDGE_HINT = 'write "true" or "false"; until then it is false'
+
+T = TypeVar("T")
 
 # A static pod's cgroup has the uid that the kubelet made up, which the API knows as
 # this annotation of the mirror pod (Kubernetes, pkg/kubelet/types/pod_update.go).
@@ -60,6 +73,8 @@ FIELDS = frozenset(
         *TEMPLATE_HASHES,
         "annotations",
         SAMPLING,
+        ENGINE,
+        EDGE,
         STATIC_UID,
         "ownerReferences",
         "controller",
@@ -82,6 +97,8 @@ class Pod:
     namespace: str
     service: str
     sampling: float | None  # percentage of new traces; None: the node's
+    engine: str  # one of ENGINES; "": the node's
+    edge: bool  # requests that arrive here get headers before they are read
     complaint: str  # what is wrong with its annotations; "": nothing
     cgroup_uid: str  # `uid`, but for static pods
     host_network: bool
@@ -100,16 +117,10 @@ def pod_of(fields: object) -> Pod | None:
     labels = _mapping(metadata.get("labels"))
     annotations = _mapping(metadata.get("annotations"))
     workload = _workload(metadata, labels) or name
-    sampling, complaint = None, ""
-    if SAMPLING in annotations:
-        text = _text(annotations[SAMPLING])
-        sampling = percentage(text)
-        if sampling is None:
-            complaint = (
-                f"pod={namespace}/{name} {SAMPLING}={text[:64]!r} "
-                'hint=\'write a percentage from 0 to 100, as in "12.5"; '
-                "until then the rate of the node counts'"
-            )
+    said = _Annotations(annotations)
+    sampling = said.read(SAMPLING, percentage, RATE_HINT)
+    engine = said.read(ENGINE, _engine, ENGINE_HINT)
+    edge = said.read(EDGE, _truth, EDGE_HINT)
     addresses = _list(_mapping(_mapping(fields).get("status")).get("podIPs"))
     return Pod(
         uid=uid,
@@ -117,7 +128,9 @@ def pod_of(fields: object) -> Pod | None:
         namespace=namespace,
         service=f"{_first(labels, SERVICE_LABELS) or workload}.{namespace}",
         sampling=sampling,
-        complaint=complaint,
+        engine=engine or "",
+        edge=edge or False,
+        complaint=f"pod={namespace}/{name} {said.complaint}" if said.complaint else "",
         cgroup_uid=_text(annotations.get(STATIC_UID)) or uid,
         host_network=_mapping(_mapping(fields).get("spec")).get("hostNetwork") is True,
         ips=tuple(
@@ -126,6 +139,32 @@ def pod_of(fields: object) -> Pod | None:
         canonical_service=_first(labels, CANONICAL_LABELS) or workload,
         canonical_revision=_first(labels, REVISION_LABELS) or NO_REVISION,
     )
+
+
+class _Annotations:
+    """Reads annotations of ours; the first that is wrong is complained about."""
+
+    def __init__(self, texts: Mapping[str, object]) -> None:
+        self.complaint = ""
+        self._texts = texts
+
+    def read(self, key: str, read: Callable[[str], T | None], hint: str) -> T | None:
+        """Return the value; None where there is none, or none that makes sense."""
+        if key not in self._texts:
+            return None
+        text = _text(self._texts[key])
+        value = read(text)
+        if value is None and not self.complaint:
+            self.complaint = f"{key}={text[:64]!r} hint={hint!r}"
+        return value
+
+
+def _engine(text: str) -> str | None:
+    return text if text in ENGINES else None
+
+
+def _truth(text: str) -> bool | None:
+    return {"true": True, "false": False}.get(text)
 
 
 def percentage(text: str) -> float | None:

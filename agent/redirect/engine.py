@@ -193,7 +193,7 @@ class RedirectEngine:
         """Return what all workers have counted, those included that have ended."""
         now = {
             "connections_open": sum(worker.open for worker in self._workers()),
-            "pods": len(self._pods),
+            "pods_served": len(self._pods),
         }
         counted = {**self._counters, **now}
         return {f"redirect_{name}": value for name, value in sorted(counted.items())}

@@ -18,8 +18,8 @@ import pytest
 from netns.conftest import IFA_F_NODAD, Namespace, new_namespaces
 from netns.http_peer import DEADLINE_S, FAMILIES, read_all
 from podspan.agent.exchange import Exchange
-from podspan.agent.kernel.options import Options
-from podspan.agent.kernel.tracer import POLICY_ENROL, POLICY_TRACE, Programs
+from podspan.agent.kernel.options import POLICY_ENROL, POLICY_TRACE, Options
+from podspan.agent.kernel.tracer import Programs
 from pyroute2 import NetNS
 
 MAX_CONNECTIONS = 4096

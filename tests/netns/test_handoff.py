@@ -16,13 +16,13 @@ from netns.http_peer import DEADLINE_S, FAMILIES, make_head
 from podspan.agent.exchange import FLAG_SAMPLED, End, Link, Protocol, Role
 from podspan.agent.kernel import handoff, program, syscall
 from podspan.agent.kernel.handoff import AGENT_MARK, Handoff, Tuple
-from podspan.agent.kernel.options import Options
-from podspan.agent.kernel.tracer import (
+from podspan.agent.kernel.options import (
     POLICY_ENROL,
     POLICY_REDIRECT,
     POLICY_TRACE,
-    Tracer,
+    Options,
 )
+from podspan.agent.kernel.tracer import Tracer
 from podspan.agent.redirect.inject import Given
 from podspan.init import plan
 
@@ -158,10 +158,10 @@ class TestPlan:
             on_warning=lambda _: None,
             plans={1: POLICY_ENROL | POLICY_REDIRECT},
         )
-        assert tracer.engine == "off"
+        assert tracer.fault is not None
         assert tracer._what_in(1) == POLICY_TRACE | POLICY_REDIRECT
         assert tracer._what_in(2) == POLICY_TRACE
-        tracer.engine = "kernel"
+        tracer.fault = None
         assert tracer._what_in(1) == POLICY_TRACE | POLICY_ENROL | POLICY_REDIRECT
         assert tracer._what_in(2) == POLICY_TRACE | POLICY_ENROL
 

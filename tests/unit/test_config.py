@@ -22,6 +22,9 @@ DEFAULTS = Config(
     max_path=256,
     no_query=False,
     max_connections=16384,
+    engine="auto",
+    redirect_workers=1,
+    inbound_source="auto",
     heartbeat_interval=0.25,
     guard_grace=2.0,
     log_level="info",
@@ -45,6 +48,8 @@ def test_flags():
     argv += ["--propagate", "b3, tracecontext,b3", "--tcp-interval", "60"]
     argv += ["--tags", "OTEL", "--max-path", "64", "--no-query"]
     argv += ["--heartbeat-interval", "0.5", "--guard-grace", "1.5"]
+    argv += ["--engine", "redirect", "--redirect-workers", "2"]
+    argv += ["--inbound-source", "loopback"]
     assert parse(argv, {}) == Config(
         zipkin="http://z:9411",
         json="-",
@@ -60,6 +65,9 @@ def test_flags():
         max_path=64,
         no_query=True,
         max_connections=10,
+        engine="redirect",
+        redirect_workers=2,
+        inbound_source="loopback",
         heartbeat_interval=0.5,
         guard_grace=1.5,
         log_level="debug",

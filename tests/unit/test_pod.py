@@ -182,3 +182,23 @@ def test_whatever_the_json_it_is_a_pod_or_none(anything, metadata):
     if isinstance(metadata, dict):
         named = kept({"metadata": {**metadata, "uid": "u", "name": "n"}})
         assert named.service
+
+
+@pytest.mark.parametrize(
+    ("annotations", "engine", "edge", "complaint"),
+    [
+        ({}, "", False, ""),
+        ({"podspan.io/engine": "redirect"}, "redirect", False, ""),
+        ({"podspan.io/edge": "true"}, "", True, ""),
+        ({"podspan.io/edge": "false"}, "", False, ""),
+        ({"podspan.io/engine": "envoy"}, "", False, "write one of auto, kernel"),
+        ({"podspan.io/edge": "yes"}, "", False, 'write "true" or "false"'),
+    ],
+)
+def test_engine_and_edge_are_asked_for_by_annotations(
+    annotations, engine, edge, complaint
+):
+    pod = pod_of({"metadata": {"uid": "u", "name": "n", "annotations": annotations}})
+    assert (pod.engine, pod.edge) == (engine, edge)
+    assert complaint in pod.complaint
+    assert bool(complaint) == bool(pod.complaint)

@@ -45,8 +45,7 @@ def settings(*argv):
 class FakeTracer:
     """Plays a script: one step per poll; then ends the agent by a signal."""
 
-    engine = "kernel"
-    engine_reason = "self-test passed"
+    fault = None
     inherited = Inherited()
     enrolment = Enrolment(0, 0, {})
 
@@ -60,6 +59,7 @@ class FakeTracer:
         self.selected = []
         self.sampling = {}
         self.roaming = set()
+        self.plans = {}
         self.attached = False
         self.ended = False
 
@@ -104,6 +104,12 @@ class FakeTracer:
 
     def set_roaming(self, come, gone):
         self.roaming = (self.roaming | set(come)) - set(gone)
+
+    def set_plans(self, plans):
+        self.plans = plans
+
+    def http2_ports(self):
+        return frozenset()
 
     def losses(self):
         assert self.attached
@@ -316,6 +322,15 @@ def test_version_and_configuration_are_logged_first(caplog):
     assert "max_connections=16384" in caplog.messages[1]
     assert "engine=kernel reason='self-test passed'" in caplog.messages[2]
     assert caplog.messages[-1].startswith("ended: exchanges=0 spans=0")
+
+
+def test_a_kernel_engine_that_fails_its_test_is_refused_where_it_was_asked_for():
+    tracer = FakeTracer()
+    tracer.fault = "FIONREAD answers 0"
+    with pytest.raises(FeatureMissing, match="FIONREAD answers 0") as caught:
+        run(settings("--engine", "kernel"), tracer)
+    assert "--engine auto" in caught.value.hint
+    assert not tracer.attached
 
 
 def test_warnings_of_the_tracer_are_logged(caplog):
