@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from podspan.agent.config import Config
 from podspan.agent.engine import Plan, Wish, plan_of
+from podspan.agent.errors import KernelError
 from podspan.agent.exchange import Exchange, Role
 from podspan.agent.kernel.guard import Want
 from podspan.agent.kernel.options import POLICY_ENROL, POLICY_REDIRECT
@@ -107,6 +108,8 @@ class Steering:
             self._tell(plans)
             self._plans = plans
             self._kernel.set_plans({n: _bits(plan) for n, plan in plans.items()})
+            # Before their listeners close.
+            self._redirect_what_is_served()
         self._serve()
         self.poll()
 
@@ -115,7 +118,10 @@ class Steering:
         if self._workers is None:
             return
         self._workers.poll()
-        serving = self._workers.serving()
+        self._redirect_what_is_served()
+
+    def _redirect_what_is_served(self) -> None:
+        serving = self._workers.serving() if self._workers is not None else frozenset()
         wanted = {
             netns: _wants(plan)
             for netns, plan in self._plans.items()
@@ -123,8 +129,13 @@ class Steering:
         }
         for netns in self._redirected.keys() | wanted.keys():
             wants = wanted.get(netns, frozenset())
-            if self._redirected.get(netns, frozenset()) != wants:
+            if self._redirected.get(netns, frozenset()) == wants:
+                continue
+            try:
                 self._kernel.redirect(netns, wants)
+            except KernelError as exc:
+                log.warning("not redirected: netns=%d %s", netns, exc)
+            else:
                 log.info("redirecting: netns=%d %s", netns, _shown(wants))
         self._redirected = wanted
 
