@@ -24,9 +24,14 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from typing import Final
+from typing import Final, Self
 
-from podspan.agent.errors import FeatureMissing, NoPrivilege
+from podspan.agent.errors import (
+    FeatureMissing,
+    NoPrivilege,
+    PodspanError,
+    RedirectError,
+)
 from podspan.init.plan import AGENT_MARK, GATE_MARK
 
 NETLINK_NETFILTER: Final = 12  # linux/netlink.h
@@ -55,12 +60,14 @@ NFQA_CFG_F_FAIL_OPEN: Final = 1  # since 3.6: what finds no room passes
 
 # linux/netfilter.h: the rules are walked again, with the mark.
 NF_REPEAT: Final = 4
+NF_INET_PRE_ROUTING: Final = 0
 
 HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr
 GENERIC: Final = struct.Struct("!BBH")  # struct nfgenmsg: family, version, queue
 ATTRIBUTE: Final = struct.Struct("=HH")  # struct nlattr
 CODE: Final = struct.Struct("=i")
 PORTS: Final = struct.Struct("!HH")
+PACKET: Final = struct.Struct("!IHB")  # struct nfqnl_msg_packet_hdr
 
 # A SYN's headers, options included: IPv6's 40 bytes, few extensions, TCP's 60.
 COPY_BYTES: Final = 128
@@ -84,22 +91,34 @@ class Held:
     """A packet that waits; `flow` is None where it is not TCP's, or not told."""
 
     number: int
+    inbound: bool  # it came to this namespace; else it is leaving
     flow: Flow | None
 
 
+class QueueTaken(RedirectError):
+    """Another process holds this queue of the namespace."""
+
+
 class Gate:
-    """A queue of the network namespace that the calling thread is in.
+    """A queue of packets that wait; it is one process's, but can be handed on."""
 
-    Raises NoPrivilege without CAP_NET_ADMIN, FeatureMissing where the kernel has no
-    nfnetlink_queue or another process has this queue.
-    """
-
-    def __init__(self, queue: int) -> None:
+    def __init__(self, queue: int, sock: socket.socket) -> None:
+        """Take over a socket that `open` has made, here or in another process."""
         self._queue = queue
+        self._socket = sock
         self.overruns = 0  # packets that passed, because we did not come to reading
-        self._socket = socket.socket(
+
+    @classmethod
+    def open(cls, queue: int) -> Self:
+        """Hold a queue of the network namespace that the calling thread is in.
+
+        Raises NoPrivilege without CAP_NET_ADMIN, FeatureMissing where the kernel has no
+        nfnetlink_queue, QueueTaken.
+        """
+        sock = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
         )
+        self = cls(queue, sock)
         try:
             self._configure(_attribute(NFQA_CFG_CMD, _command(NFQNL_CFG_CMD_BIND)))
             params = struct.pack("!IB", COPY_BYTES, NFQNL_COPY_PACKET)
@@ -114,6 +133,7 @@ class Gate:
             self._socket.close()
             raise _explained(exc, queue) from exc
         self._socket.setblocking(False)
+        return self
 
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when a packet waits."""
@@ -167,8 +187,9 @@ def parse(datagram: bytes) -> Iterator[Held]:
         end = min(at + length, len(datagram))
         if kind == NFNL_SUBSYS_QUEUE << 8 | NFQNL_MSG_PACKET:
             found = dict(_attributes(datagram[at + HEADER.size + GENERIC.size : end]))
-            number = int.from_bytes(found[NFQA_PACKET_HDR][:4], "big")
-            yield Held(number, flow_of(found.get(NFQA_PAYLOAD, b"")))
+            number, _, hook = PACKET.unpack_from(found[NFQA_PACKET_HDR])
+            flow = flow_of(found.get(NFQA_PAYLOAD, b""))
+            yield Held(number, hook == NF_INET_PRE_ROUTING, flow)
         at += max(HEADER.size, (length + 3) & ~3)
 
 
@@ -219,13 +240,13 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
         at += max(ATTRIBUTE.size, (length + 3) & ~3)
 
 
-def _explained(exc: OSError, queue: int) -> NoPrivilege | FeatureMissing:
+def _explained(exc: OSError, queue: int) -> PodspanError:
     # The kernel answers EPERM as well where another socket has the queue: the socket
     # can be made by anyone, so tell by who we are.
     if exc.errno == errno.EPERM and os.geteuid() != 0:
         return NoPrivilege(f"cannot hold packets: {exc}", hint="needs CAP_NET_ADMIN")
     if exc.errno in {errno.EPERM, errno.EBUSY}:
-        return FeatureMissing(
+        return QueueTaken(
             f"queue {queue} of this network namespace is taken",
             hint="another agent serves this pod: see /proc/net/netfilter/"
             "nfnetlink_queue",

@@ -9,8 +9,7 @@ import threading
 from contextlib import ExitStack, closing, contextmanager
 
 import pytest
-from podspan.agent.errors import FeatureMissing
-from podspan.agent.redirect.gate import QUEUE_PACKETS, Gate
+from podspan.agent.redirect.gate import QUEUE_PACKETS, Gate, QueueTaken
 from podspan.init.plan import AGENT_MARK, GATE_MARK, OUTBOUND_PORT
 
 SO_MARK = 36
@@ -68,7 +67,7 @@ def worker(client, family):
     arrived: list[tuple[str, int]] = []
     stop = threading.Event()
     with client.inside():
-        gate = Gate(OUTBOUND_PORT)
+        gate = Gate.open(OUTBOUND_PORT)
         listener = socket.create_server(
             ("::" if family == socket.AF_INET6 else "0.0.0.0", OUTBOUND_PORT),
             family=family,
@@ -160,7 +159,7 @@ def test_what_a_killed_worker_held_goes_direct_when_it_is_sent_again(
             sys.executable,
             "-c",
             "from podspan.agent.redirect.gate import Gate\n"
-            f"gate = Gate({OUTBOUND_PORT})\n"
+            f"gate = Gate.open({OUTBOUND_PORT})\n"
             "print('ready', flush=True)\n"
             "import time\n"
             "while not gate.receive(): time.sleep(0.01)\n"
@@ -197,7 +196,7 @@ def test_what_finds_no_room_in_the_queue_goes_direct(
     monkeypatch.setattr("podspan.agent.redirect.gate.QUEUE_PACKETS", 2)
     assert QUEUE_PACKETS > 2
     with client.inside():
-        gate = Gate(OUTBOUND_PORT)
+        gate = Gate.open(OUTBOUND_PORT)
     with closing(gate), ExitStack() as stack:
         for _ in range(2):
             with client.inside():
@@ -208,7 +207,7 @@ def test_what_finds_no_room_in_the_queue_goes_direct(
 
 
 def test_one_queue_has_one_holder(one_ns):
-    with one_ns.inside(), closing(Gate(OUTBOUND_PORT)):
-        with pytest.raises(FeatureMissing, match="taken") as caught:
-            Gate(OUTBOUND_PORT)
+    with one_ns.inside(), closing(Gate.open(OUTBOUND_PORT)):
+        with pytest.raises(QueueTaken, match="taken") as caught:
+            Gate.open(OUTBOUND_PORT)
         assert "nfnetlink_queue" in caught.value.hint

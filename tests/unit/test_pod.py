@@ -199,6 +199,7 @@ def test_engine_and_edge_are_asked_for_by_annotations(
     annotations, engine, edge, complaint
 ):
     pod = pod_of({"metadata": {"uid": "u", "name": "n", "annotations": annotations}})
+    assert pod is not None
     assert (pod.engine, pod.edge) == (engine, edge)
     assert complaint in pod.complaint
     assert bool(complaint) == bool(pod.complaint)

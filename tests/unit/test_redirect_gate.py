@@ -48,10 +48,17 @@ def test_whose_syn_it_is(packet, flow):
 def test_every_packet_of_a_datagram_is_told():
     packet = bytes(IP(src=V4.source, dst=V4.destination) / TCP(sport=40000, dport=443))
     datagram = (
-        message(7, packet) + other_message() + message(8, b"") + message(9, packet)
+        message(7, packet)
+        + other_message()
+        + message(8, b"")
+        + message(9, packet, hook=0)
     )
 
-    assert list(parse(datagram)) == [Held(7, V4), Held(8, None), Held(9, V4)]
+    assert list(parse(datagram)) == [
+        Held(7, False, V4),
+        Held(8, False, None),
+        Held(9, True, V4),
+    ]
 
 
 @given(st.binary(max_size=100))
@@ -66,8 +73,10 @@ def test_rubbish_around_a_packet_ends(before, payload):
         assert held.number == 1
 
 
-def message(number: int, payload: bytes, extra: bytes = b"") -> bytes:
-    body = bytes(4) + attribute(NFQA_PACKET_HDR, struct.pack("!IHB", number, 0x800, 3))
+def message(number: int, payload: bytes, extra: bytes = b"", hook: int = 3) -> bytes:
+    body = bytes(4) + attribute(
+        NFQA_PACKET_HDR, struct.pack("!IHB", number, 0x800, hook)
+    )
     body += attribute(200, extra) + attribute(NFQA_PAYLOAD, payload)
     return HEADER.pack(HEADER.size + len(body), PACKET, 0, 0, 0) + body
 

@@ -45,7 +45,7 @@ def settings(*argv):
 class FakeTracer:
     """Plays a script: one step per poll; then ends the agent by a signal."""
 
-    fault = None
+    fault: str | None = None
     inherited = Inherited()
     enrolment = Enrolment(0, 0, {})
 

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from podspan.agent import config, steering
@@ -15,12 +16,11 @@ BOTH = frozenset({Want(True, None), Want(False, None)})
 
 
 class Kernel:
-    fault = None
-
     def __init__(self):
-        self.plans = {}
-        self.redirected = {}
-        self.http2 = frozenset()
+        self.fault: str | None = None
+        self.plans: dict[int, int] = {}
+        self.redirected: dict[int, frozenset[Want]] = {}
+        self.http2: frozenset[tuple[int, int, Role]] = frozenset()
 
     def set_plans(self, plans):
         self.plans = dict(plans)
@@ -54,7 +54,7 @@ class Names:
 
 
 class Workers:
-    made = None
+    made: Any = None
 
     def __init__(self, **options):
         self.options = options
@@ -88,7 +88,11 @@ def workers(monkeypatch):
 def steer(*argv, selected=None):
     kernel, names = Kernel(), Names()
     made = Steering(
-        config.parse(argv, {}), kernel, names, lambda: selected, lambda _: None
+        config.parse(argv, {}),
+        kernel,
+        cast(Any, names),
+        lambda: selected,
+        lambda _: None,
     )
     return made, kernel, names
 

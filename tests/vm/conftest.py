@@ -120,7 +120,7 @@ class Agent:
     taken: int = 0
     spans: list[Json] = field(default_factory=list)
 
-    def start(self, *options: str) -> None:
+    def start(self, *options: str, engine: str = "kernel") -> None:
         if self.process is not None and self.process.poll() is None:
             return
         ready = self.folder / "ready"
@@ -134,7 +134,7 @@ class Agent:
         with (self.folder / "agent.log").open("a") as log:
             self.process = subprocess.Popen(command, stderr=log, text=True)
         wait_for(ready.exists, "the agent is ready", self.process, START_S)
-        assert "engine=kernel" in self.log(), self.log()
+        assert f"attached: engine={engine}" in self.log(), self.log()
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
