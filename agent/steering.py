@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Protocol
@@ -21,7 +20,6 @@ from podspan.agent.kernel.guard import Want
 from podspan.agent.kernel.options import POLICY_ENROL, POLICY_REDIRECT
 from podspan.agent.pods import processes
 from podspan.agent.pods.names import ServiceNames
-from podspan.agent.redirect.control import WireExchange
 from podspan.agent.redirect.engine import PodPlan, RedirectEngine, WorkerOptions
 
 log = logging.getLogger(__name__)
@@ -221,14 +219,9 @@ class Steering:
                 propagate=config.propagate,
                 grace_s=config.guard_grace,
             ),
-            on_record=self._on_record,
+            on_record=self._on_exchange,
             on_warning=log.warning,
         )
-
-    def _on_record(self, wire: WireExchange) -> None:
-        fields = asdict(wire)
-        record = fields.pop("record")
-        self._on_exchange(Exchange.from_worker({**fields, **record}))
 
     def _tell(self, plans: Mapping[int, Plan]) -> None:
         """Log each plan that is new, once for all pods that have it."""
