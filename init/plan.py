@@ -35,6 +35,7 @@ AGENT_MARK: Final = 0x539
 
 # The mark of a SYN that waited at the gate (agent/redirect/gate.py) and may come in.
 GATE_MARK: Final = 0x53A
+GATE_QUEUE: Final = 15001
 
 # Where the agent pins the program that says whether a connection may be redirected.
 GUARD_PATH: Final = "/sys/fs/bpf/podspan/redirect_guard"

@@ -45,9 +45,14 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Serve a pod. Its descriptors: namespace, `outbound` listeners, inbound ones."""
+    """Serve a pod; without descriptors: other options for one that is served.
+
+    Its descriptors: namespace, the gate's queue where there is one, `outbound`
+    listeners, inbound ones.
+    """
 
     netns: int
+    gate: bool
     sampling: float
     outbound: int
     transparent: tuple[int, ...]  # families where clients' addresses can be shown

@@ -1,8 +1,9 @@
 """The agent's side of the redirect engine: listeners in pods, workers that serve them.
 
-A pod's listeners are opened here, once, and shared by all workers: a connection that
-waits in the queue of a worker that has died is accepted by another. A worker that ends
-is replaced at once, and after that with growing pauses.
+A pod is served by one worker. Its listeners are opened here, once: a connection that
+waits in the queue of a worker that has died is accepted by its successor, which comes
+at once, and after that with growing pauses. In between nobody holds the gate, and new
+connections go direct.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from podspan.agent.errors import RedirectError
+from podspan.agent.errors import FeatureMissing, RedirectError
 from podspan.agent.exchange import Exchange
 from podspan.agent.pods import processes
 from podspan.agent.redirect import control, sockets
+from podspan.agent.redirect.gate import Gate
+from podspan.init.plan import GATE_QUEUE
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,8 @@ class _Pod:
     outbound: list[socket.socket]
     inbound: list[socket.socket]
     transparent: frozenset[int]
+    slot: _Slot  # whose worker serves it: a gate's queue has one reader
+    told: bool = False
 
     def change(self, plan: PodPlan) -> None:
         """Take other options; connections that are open keep theirs."""
@@ -82,17 +87,19 @@ class _Pod:
         if plan.inbound_source == "auto":
             self.transparent = sockets.transparent_families(self.netns_fd)
 
-    def message(self) -> control.Open:
+    def message(self, *, gate: bool) -> control.Open:
         return control.Open(
             self.plan.netns,
+            gate,
             self.plan.sampling,
             len(self.outbound),
             tuple(sorted(self.transparent)),
         )
 
-    def fds(self) -> list[int]:
+    def fds(self, gate: Gate | None) -> list[int]:
         listeners = [*self.outbound, *self.inbound]
-        return [self.netns_fd, *(listener.fileno() for listener in listeners)]
+        first = [] if gate is None else [gate.fileno()]
+        return [self.netns_fd, *first, *(each.fileno() for each in listeners)]
 
     def close(self) -> None:
         for listener in [*self.outbound, *self.inbound]:
@@ -140,6 +147,7 @@ class RedirectEngine:
         self._on_unreachable = on_unreachable
         self._pods: dict[int, _Pod] = {}
         self._warned: dict[int, str] = {}
+        self._no_gate = False
         self._counters: Counter[str] = Counter()
         self._slots = [_Slot() for _ in range(workers)]
         for slot in self._slots:
@@ -167,9 +175,13 @@ class RedirectEngine:
             known = self._pods.get(plan.netns)
             if known is None:
                 self._open(plan)
+            elif not known.told:
+                with self._warning_once(plan):
+                    self._tell(known)
             elif known.plan != plan:
                 known.change(plan)
-                self._tell_all(known)
+                if known.slot.worker is not None:
+                    known.slot.worker.channel.send(known.message(gate=False))
 
     def poll(self) -> None:
         """Take what workers have told, without waiting; replace those that ended."""
@@ -214,21 +226,28 @@ class RedirectEngine:
     # Pods
 
     def _open(self, plan: PodPlan) -> None:
+        with self._warning_once(plan):
+            self._pods[plan.netns] = self._open_pod(plan)
+            self._tell(self._pods[plan.netns])
+
+    @contextmanager
+    def _warning_once(self, plan: PodPlan) -> Iterator[None]:
+        """What fails is tried again by the next `serve`, and told when it changes."""
         try:
-            pod = self._open_pod(plan)
+            yield
         except RedirectError as exc:
             self._counters["pods_failed"] += 1
             if self._warned.get(plan.netns) != str(exc):
                 self._warned[plan.netns] = str(exc)
                 self._on_warning(f"cannot redirect in netns={plan.netns}: {exc}")
-            return
-        self._warned.pop(plan.netns, None)
-        self._pods[plan.netns] = pod
-        self._tell_all(pod)
+        else:
+            self._warned.pop(plan.netns, None)
 
     def _open_pod(self, plan: PodPlan) -> _Pod:
         netns_fd = sockets.open_netns(plan.where, plan.netns)
-        pod = _Pod(plan, netns_fd, [], [], frozenset())
+        served = Counter(id(pod.slot) for pod in self._pods.values())
+        slot = min(self._slots, key=lambda slot: served[id(slot)])
+        pod = _Pod(plan, netns_fd, [], [], frozenset(), slot)
         try:
             pod.outbound = sockets.open_listeners(netns_fd, self._options.outbound_port)
             pod.inbound = sockets.open_listeners(netns_fd, self._options.inbound_port)
@@ -239,14 +258,36 @@ class RedirectEngine:
         return pod
 
     def _forget(self, netns: int, *, gone: bool) -> None:
-        for worker in self._workers():
+        pod = self._pods.pop(netns)
+        worker = pod.slot.worker
+        if worker is not None:
             worker.confirmed.discard(netns)
             worker.channel.send(control.Close(netns, gone))
-        self._pods.pop(netns).close()
+        pod.close()
 
-    def _tell_all(self, pod: _Pod) -> None:
-        for worker in self._workers():
-            worker.channel.send(pod.message(), pod.fds())
+    def _tell(self, pod: _Pod) -> None:
+        """Let its worker serve the pod, with a gate where the kernel has such."""
+        pod.told = False
+        worker = pod.slot.worker
+        if worker is None:
+            return  # it will be told when it starts
+        gate = self._open_gate(pod)
+        worker.channel.send(pod.message(gate=gate is not None), pod.fds(gate))
+        pod.told = True
+        if gate is not None:
+            gate.close()  # the worker's is another descriptor, and ends with it
+
+    def _open_gate(self, pod: _Pod) -> Gate | None:
+        if self._no_gate:
+            return None
+        try:
+            return sockets.call_inside(pod.netns_fd, lambda: Gate.open(GATE_QUEUE))
+        except FeatureMissing as exc:
+            self._no_gate = True
+            self._on_warning(
+                f"{exc}; hint: {exc.hint}; connect(2) will succeed where nobody answers"
+            )
+            return None
 
     # Workers
 
@@ -276,7 +317,9 @@ class RedirectEngine:
             self._handoff_fds,
         )
         for pod in self._pods.values():
-            worker.channel.send(pod.message(), pod.fds())
+            if pod.slot is slot:
+                with self._warning_once(pod.plan):
+                    self._tell(pod)
 
     def _listen_to(self, worker: _Worker) -> None:
         worker.channel.flush()

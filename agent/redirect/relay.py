@@ -181,8 +181,8 @@ class Relay:
         """The socket to whom it was meant for."""
         return self._up.sock
 
-    def start(self, destination: sockets.Address) -> None:
-        """Connect, and serve from now on."""
+    def start(self, destination: sockets.Address | None) -> None:
+        """Connect, unless that is done already (None), and serve from now on."""
         self._guarded(self._start, destination)
 
     def abort(self, reason: str) -> None:
@@ -204,8 +204,10 @@ class Relay:
             log.exception("a connection is reset by a fault of the redirect engine")
             self.abort("connections_crashed")
 
-    def _start(self, destination: sockets.Address) -> None:
+    def _start(self, destination: sockets.Address | None) -> None:
         up = self._up
+        if destination is None:
+            return
         try:
             up.sock.connect(destination)
         except BlockingIOError:

@@ -31,6 +31,7 @@ from podspan.agent.exchange import Role
 from podspan.agent.http_head import Headers
 from podspan.agent.kernel.handoff import Handoff, Tuple
 from podspan.agent.redirect import control, sockets
+from podspan.agent.redirect.gate import Flow, Gate, Held
 from podspan.agent.redirect.http1 import Http1
 from podspan.agent.redirect.http2 import Http2
 from podspan.agent.redirect.inject import Direction, Given, Propagation, new_root
@@ -38,6 +39,8 @@ from podspan.agent.redirect.layer import Layer, StreamRecord
 from podspan.agent.redirect.loop import Loop
 from podspan.agent.redirect.relay import Relay, Shared
 from podspan.agent.redirect.sniff import Protocol as Spoken
+from podspan.agent.redirect.waiting import Waiting
+from podspan.init.plan import GATE_QUEUE
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +99,7 @@ class _Pod:
     netns_fd: int
     options: Propagation
     transparent: frozenset[int]
+    waiting: Waiting | None = None
     listeners: list[_Listener] = field(default_factory=list)
     relays: set[Relay] = field(default_factory=set)
 
@@ -193,17 +197,20 @@ class Worker:
                 raise control.BadMessage(f"{type(message).__name__} is for the agent")
 
     def _open_pod(self, message: control.Open, fds: list[int]) -> None:
+        given = self._propagation
+        options = Propagation(
+            given.span_ids, given.unsampled, given.propagate, message.sampling
+        )
+        transparent = frozenset(message.transparent)
+        if not fds and (known := self._pods.get(message.netns)):
+            known.options, known.transparent = options, transparent
+            self._channel.send(control.Opened(message.netns))
+            return
         self._close_pod(message.netns, gone=False)
         netns_fd, *listeners = fds
-        given = self._propagation
-        pod = _Pod(
-            message.netns,
-            netns_fd,
-            Propagation(
-                given.span_ids, given.unsampled, given.propagate, message.sampling
-            ),
-            frozenset(message.transparent),
-        )
+        pod = _Pod(message.netns, netns_fd, options, transparent)
+        if message.gate:
+            pod.waiting = self._open_gate(pod, listeners.pop(0))
         for index, fd in enumerate(listeners):
             outbound = index < message.outbound
             direction = Direction.OUTBOUND if outbound else Direction.INBOUND
@@ -219,7 +226,11 @@ class Worker:
         pod = self._pods.pop(netns, None)
         if pod is None:
             return
+        if pod.waiting is not None:
+            pod.waiting.close()
         self._close_listeners(pod)
+        if pod.waiting is not None:
+            pod.waiting.drop()
         if gone:
             for relay in list(pod.relays):
                 relay.abort("pod_gone")
@@ -233,6 +244,18 @@ class Worker:
                 self._loop.remove(listener.sock.fileno())
             self._loop.close(listener.sock)
         pod.listeners.clear()
+
+    def _open_gate(self, pod: _Pod, fd: int) -> Waiting:
+        def upstream(held: Held, flow: Flow) -> socket.socket:
+            if len(self._relays) + len(waiting) >= self._max_open:
+                raise OSError(errno.EMFILE, "no descriptors left")
+            direction = Direction.INBOUND if held.inbound else Direction.OUTBOUND
+            family = socket.AF_INET6 if ":" in flow.source else socket.AF_INET
+            return self._open_upstream(pod, direction, family, flow.source)
+
+        gate = Gate(GATE_QUEUE, socket.socket(fileno=fd))
+        waiting = Waiting(self._loop, gate, self._counters, upstream)
+        return waiting
 
     def _release(self, pod: _Pod) -> None:
         """Let the namespace go once no connection of the pod needs it."""
@@ -301,7 +324,13 @@ class Worker:
             sock.close()
             return
         try:
-            up = self._open_upstream(listener, sock.family, client[0])
+            waiting = listener.pod.waiting
+            up = waiting.take(client[:2]) if waiting is not None else None
+            connected = up is not None
+            if up is None:
+                up = self._open_upstream(
+                    listener.pod, listener.direction, sock.family, client[0]
+                )
         except OSError as exc:
             if exc.errno in _EXHAUSTED:
                 self._refused.append((listener, sock))
@@ -319,18 +348,17 @@ class Worker:
         pod.relays.add(relay)
         self._relays.add(relay)
         self._counters[f"connections_{listener.direction.value}"] += 1
-        relay.start(destination)
+        relay.start(None if connected else destination)
         if listener.direction is Direction.INBOUND:
             # The kernel has chosen the port at the latest when we connected.
             connection.application = _tuple(pod, destination, up.getsockname())
 
     def _open_upstream(
-        self, listener: _Listener, family: int, client: str
+        self, pod: _Pod, direction: Direction, family: int, client: str
     ) -> socket.socket:
-        pod = listener.pod
         with sockets.inside(pod.netns_fd, self._home_fd):
             up = sockets.open_upstream(family)
-        if listener.direction is Direction.INBOUND:
+        if direction is Direction.INBOUND:
             shown = family in pod.transparent
             source = sockets.Source.CLIENT if shown else sockets.Source.LOOPBACK
             try:

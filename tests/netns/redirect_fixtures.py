@@ -19,6 +19,7 @@ from podspan.agent.kernel import syscall
 from podspan.agent.kernel.handoff import HANDED, HANDED_KEY, ROOT_KEY, TUPLE, Handoff
 from podspan.agent.redirect.control import Unreachable
 from podspan.agent.redirect.engine import PodPlan, RedirectEngine, WorkerOptions
+from podspan.init.plan import GATE_MARK, GATE_QUEUE
 
 MARK = "0x539"
 OUTBOUND_PORT = 15001
@@ -47,16 +48,36 @@ def redirect_outbound(namespace: Namespace) -> None:
         for rule in (
             ("-m", "mark", "--mark", MARK, "-j", "RETURN"),
             ("-o", "lo", "-j", "RETURN"),
-            ("-p", "tcp", "-j", "REDIRECT", "--to-ports", str(OUTBOUND_PORT)),
+            *_gated(OUTBOUND_PORT),
         ):
             namespace.run(iptables, "-t", "nat", "-A", "OUTPUT", *rule)
 
 
 def redirect_inbound(namespace: Namespace) -> None:
     """The same to what reaches it."""
-    target = ("-j", "REDIRECT", "--to-ports", str(INBOUND_PORT))
     for iptables in ("iptables", "ip6tables"):
-        namespace.run(iptables, "-t", "nat", "-A", "PREROUTING", "-p", "tcp", *target)
+        for rule in (
+            ("-m", "mark", "--mark", MARK, "-j", "RETURN"),
+            *_gated(INBOUND_PORT),
+        ):
+            namespace.run(iptables, "-t", "nat", "-A", "PREROUTING", *rule)
+
+
+def _gated(port: int) -> tuple[tuple[str, ...], ...]:
+    """A SYN that came through the gate is redirected; others wait there."""
+    let_in = ("-p", "tcp", "-m", "mark", "--mark", hex(GATE_MARK))
+    return (
+        (*let_in, "-j", "REDIRECT", "--to-ports", str(port)),
+        (
+            "-p",
+            "tcp",
+            "-j",
+            "NFQUEUE",
+            "--queue-num",
+            str(GATE_QUEUE),
+            "--queue-bypass",
+        ),
+    )
 
 
 def inode(namespace: Namespace) -> int:

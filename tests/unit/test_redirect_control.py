@@ -32,7 +32,7 @@ from podspan.agent.redirect.layer import StreamRecord
 
 MESSAGES = (
     Start("child", "defer", ("b3", "tracecontext"), 0.5, 2.0),
-    Open(4026531840, 12.5, 2, (2, 10)),
+    Open(4026531840, True, 12.5, 2, (2, 10)),
     Close(4026531840, gone=True),
     Drain(5.0),
     Opened(4026531840),
