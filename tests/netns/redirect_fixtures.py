@@ -42,13 +42,13 @@ def address_of(namespace: Namespace, version: int = 4) -> str:
     return namespace.ipv4 if version == 4 else namespace.ipv6
 
 
-def redirect_outbound(namespace: Namespace) -> None:
-    """What `podspan init apply --guard none` does to what a pod opens."""
+def redirect_outbound(namespace: Namespace, *, gate: bool = True) -> None:
+    """What `podspan init apply` does to what a pod opens, but for the guard."""
     for iptables in ("iptables", "ip6tables"):
         for rule in (
             ("-m", "mark", "--mark", MARK, "-j", "RETURN"),
             ("-o", "lo", "-j", "RETURN"),
-            *_gated(OUTBOUND_PORT),
+            *_redirected(OUTBOUND_PORT, gate),
         ):
             namespace.run(iptables, "-t", "nat", "-A", "OUTPUT", *rule)
 
@@ -58,13 +58,15 @@ def redirect_inbound(namespace: Namespace) -> None:
     for iptables in ("iptables", "ip6tables"):
         for rule in (
             ("-m", "mark", "--mark", MARK, "-j", "RETURN"),
-            *_gated(INBOUND_PORT),
+            *_redirected(INBOUND_PORT, gate=True),
         ):
             namespace.run(iptables, "-t", "nat", "-A", "PREROUTING", *rule)
 
 
-def _gated(port: int) -> tuple[tuple[str, ...], ...]:
+def _redirected(port: int, gate: bool) -> tuple[tuple[str, ...], ...]:
     """A SYN that came through the gate is redirected; others wait there."""
+    if not gate:
+        return (("-p", "tcp", "-j", "REDIRECT", "--to-ports", str(port)),)
     let_in = ("-p", "tcp", "-m", "mark", "--mark", hex(GATE_MARK))
     return (
         (*let_in, "-j", "REDIRECT", "--to-ports", str(port)),

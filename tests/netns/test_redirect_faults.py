@@ -237,10 +237,38 @@ def test_a_port_that_the_pod_uses_itself_is_said(pods):
 
 
 @pytest.mark.parametrize("known", ["by count", "by EMFILE"])
-def test_without_descriptors_connections_wait_and_are_then_served(
-    pods, known, monkeypatch
-):
+def test_without_descriptors_connections_go_direct(pods, known, monkeypatch):
     client, server = pods
+    with ExitStack() as stack:
+        room = 4
+        if known == "by count":
+            limit = SPARE_FDS + room * FDS_PER_CONNECTION
+            command = ("prlimit", f"--nofile={limit}", *engine_module.WORKER_COMMAND)
+            monkeypatch.setattr(engine_module, "WORKER_COMMAND", command)
+        engine = stack.enter_context(redirection())
+        stack.enter_context(serving(server, echo))
+        engine.serve(client)
+        if known == "by EMFILE":
+            [worker] = engine.engine.pids
+            used = len(list(Path(f"/proc/{worker}/fd").iterdir()))
+            limit = used + room * FDS_PER_CONNECTION
+            resource.prlimit(worker, resource.RLIMIT_NOFILE, (limit, limit))
+
+        served = [
+            stack.enter_context(opened_echo(client, server)) for _ in range(room + 3)
+        ]
+        for sock in served:
+            sock.sendall(b"still here")
+            assert read_exactly(sock, 10) == b"still here"
+        engine.until_counted(connections_outbound=room, gate_no_socket_emfile=3)
+
+
+@pytest.mark.parametrize("known", ["by count", "by EMFILE"])
+def test_without_descriptors_and_gate_connections_wait_and_are_then_served(
+    two_ns_veth, known, monkeypatch
+):
+    client, server = two_ns_veth
+    redirect_outbound(client, gate=False)
     with ExitStack() as stack:
         room = 4
         if known == "by count":

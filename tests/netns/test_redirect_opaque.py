@@ -181,35 +181,51 @@ def test_a_reset_reaches_the_other_end_behind_the_data_before_it(
     engine.until_counted(connections_open=0)
 
 
-def test_a_refused_connection_is_reset_counted_and_told(pods):
+@both_families
+def test_a_refused_connection_is_refused(pods, version):
     client, server, engine = pods
 
-    with connect(client, server) as ours, pytest.raises(ConnectionResetError):
-        ours.recv(1)
+    with pytest.raises(ConnectionRefusedError):
+        connect(client, server, version)
 
     engine.until_counted(connect_failed_econnrefused=1, connections_open=0)
-    [told] = engine.unreachable
-    assert (told.netns, told.inbound) == (inode(client), False)
-    assert (told.addr, told.port) == (server.ipv4, SERVICE_PORT)
-    assert told.error == errno.ECONNREFUSED
+    assert engine.counter("connections_outbound") == 0
 
 
-def test_a_host_without_a_route_is_reset_counted_and_told(pods):
+def test_a_host_without_a_route_is_without_one(pods):
     client, _, engine = pods
-    client.run("ip", "route", "add", "unreachable", "10.99.0.0/16")
+    client.run("ip", "route", "add", "unreachable", "10.98.0.0/16")
+    with client.inside():
+        ours = socket.socket()
+    with ours, pytest.raises(OSError, match="No route to host"):
+        ours.connect(("10.98.0.1", 80))
+
+    # That is known before a packet is made.
+    assert engine.counter("connect_failed_ehostunreach") == 0
+
+
+def test_a_network_that_says_no_is_heard(pods):
+    """Of what is redirected only the engine's connection meets the first route."""
+    client, _, engine = pods
     client.run("ip", "route", "add", "10.98.0.0/16", "via", "10.77.0.2")
-    # Of what is redirected only the engine's connection meets the first route.
     client.run("ip", "rule", "add", "fwmark", "0x539", "to", "10.98.0.0/16", "prohibit")
     with client.inside():
         ours = socket.socket()
-    with ours:
-        ours.settimeout(DEADLINE_S)
+    with ours, pytest.raises(PermissionError):
         ours.connect(("10.98.0.1", 80))
-        with pytest.raises(ConnectionResetError):
-            ours.recv(1)
 
-    engine.until(lambda: engine.unreachable)
-    assert engine.unreachable[0].error == errno.EACCES
+    engine.until_counted(connect_failed_eacces=1)
+
+
+def test_without_a_gate_a_refused_connection_is_reset(two_ns_veth):
+    """As by any proxy: connect(2) has succeeded before it is known."""
+    client, server = two_ns_veth
+    redirect_outbound(client, gate=False)
+    with redirection() as engine:
+        engine.serve(client)
+        with connect(client, server) as ours, pytest.raises(ConnectionResetError):
+            ours.recv(1)
+        engine.until_counted(connect_failed_econnrefused=1, connections_open=0)
 
 
 @pytest.mark.parametrize("port", [OUTBOUND_PORT, INBOUND_PORT])
