@@ -28,9 +28,9 @@ setup(
     install_requires=[
         # bcc compiles and loads bpf/. It comes from Debian (python3-bpfcc), not from
         # here: the package named bcc on PyPI is another thing.
-        "msgpack~=1.2",  # redirect: what workers and agent tell each other
         "python-iptables~=1.2",  # init: rules in legacy tables, through libxtables
         "h2~=4.4",  # redirect: frames, HPACK and flow control of HTTP/2
+        "msgpack~=1.2",  # redirect: what workers and agent tell each other
         "pyroute2~=0.9.7",  # namespaces, links and addresses by netlink
         "urllib3~=2.8",  # export: HTTP with connection reuse
     ],

@@ -2,7 +2,7 @@
 
 Everything here belongs to a pod's network namespace: a socket stays in the one that
 its thread was in when it was made, wherever the thread goes afterwards. Entering takes
-CAP_SYS_ADMIN and two system calls of a microsecond each.
+CAP_SYS_ADMIN, and as long as it takes to make the socket.
 """
 
 from __future__ import annotations
