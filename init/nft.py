@@ -1,6 +1,6 @@
 """The nft variant of iptables, through its own save and restore commands.
 
-One restore is one kernel transaction: all of it takes effect, or nothing.
+One restore is one kernel transaction per table: all of it takes effect, or nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from podspan.agent.errors import RedirectError
-from podspan.init.plan import CHAIN_PREFIX, Family, Rule, render, undo_lines
+from podspan.init import saved
+from podspan.init.plan import CHAIN_PREFIX, Family, Rule, render
 
 NAME: Final = "nft"
 
@@ -48,26 +49,31 @@ def why_unusable(family: Family) -> str | None:
 
 
 def has_residue(family: Family) -> bool:
-    """Say whether anything of ours is in the nat table."""
+    """Say whether anything of ours is in any table."""
+    return _installed(family) and bool(saved.undo_lines(_save(family)))
+
+
+def holds(family: Family, rules: Sequence[Rule]) -> bool:
+    """Say whether `rules`, in their order, are all that there is of ours."""
     if not _installed(family):
-        return False
-    try:
-        return bool(undo_lines(_save(family)))
-    except RedirectError as exc:
-        if NO_KERNEL_PART in exc.stderr:
-            return False
-        raise
+        return not rules
+    return saved.ours(_save(family)) == saved.expected(rules)
 
 
 def replace(family: Family, rules: Sequence[Rule]) -> None:
     """Make `rules` all that there is of ours; without rules: remove it."""
     if not rules and not has_residue(family):
         return
-    _restore(family, render(rules, undo=undo_lines(_save(family))))
+    _restore(family, render(rules, undo=saved.undo_lines(_save(family))))
 
 
 def _save(family: Family) -> str:
-    return _run([_command(family, "save"), "-t", "nat"])
+    try:
+        return _run([_command(family, "save")])
+    except RedirectError as exc:
+        if NO_KERNEL_PART in exc.stderr:
+            return ""
+        raise
 
 
 def _restore(family: Family, text: str) -> None:
