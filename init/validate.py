@@ -5,8 +5,8 @@ loopback, from the probe port to the probe port. We are its client, and listen w
 is redirected to. That rule is written in one transaction with all the others.
 
 Without the rule the socket is connected with itself (RFC 9293's simultaneous open), and
-reads what it wrote. Where the inbound port is taken, as by the agent's listener, that
-difference alone has to do. No privilege is needed.
+reads what it wrote. Where the inbound port is taken, as by the agent's listener, it is
+looked up who has the connection. No privilege is needed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from errno import EADDRINUSE
+from pathlib import Path
 from typing import Final
 
 from podspan.agent.errors import NotRedirected
@@ -29,6 +30,13 @@ FAMILIES: Final = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 SO_ORIGINAL_DST: Final = 80
 LEVELS: Final = {Family.IPV4: socket.SOL_IP, Family.IPV6: socket.IPPROTO_IPV6}
 SOCKADDR_SIZE: Final = 28
+
+TABLES: Final = {
+    Family.IPV4: Path("/proc/thread-self/net/tcp"),
+    Family.IPV6: Path("/proc/thread-self/net/tcp6"),
+}
+MIN_TIMEOUT_S: Final = 0.001  # 0 would be: do not wait
+NO_RULE: Final = "no rule took the probe's connection"
 
 RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # struct linger: nothing in TIME_WAIT
 
@@ -64,22 +72,49 @@ def _try(wanted: Redirection, family: Family, deadline: float) -> str:
             client.bind((address, wanted.probe_port))
         except OSError as exc:
             return f"the probe port {wanted.probe_port} is in use: {exc.strerror}"
-        client.settimeout(max(0.0, deadline - time.monotonic()) or None)
-        client.connect((address, wanted.probe_port))
-        client.sendall(b"\n")
-        sources = [client] if listener is None else [client, listener]
-        ready, _, _ = select.select(
-            sources, [], [], max(0.0, deadline - time.monotonic())
-        )
-        if listener is not None and listener in ready:
-            accepted = stack.enter_context(listener.accept()[0])
+        client.settimeout(max(MIN_TIMEOUT_S, deadline - time.monotonic()))
+        try:
+            client.connect((address, wanted.probe_port))
+            client.sendall(b"\n")
+        except ConnectionError:
+            if listener is None:
+                return ""  # by whoever it came to: a socket does not reset itself
+            raise
+        if listener is None:
+            return _judge_unseen(client, wanted, family)
+        return _judge(client, listener, wanted, family)
+
+
+def _judge(
+    client: socket.socket, listener: socket.socket, wanted: Redirection, family: Family
+) -> str:
+    ready, _, _ = select.select([client, listener], [], [], client.gettimeout())
+    if listener in ready:
+        with listener.accept()[0] as accepted:
             port = original_port(accepted, family)
-            return "" if port == wanted.probe_port else f"port {port} was dialled"
-        if client in ready and _reads_itself(client):
-            return "no rule took the probe's connection"
-        if listener is None and client in ready:
-            return ""
-        return "nothing arrived in time"
+            # Before the other end: conntrack then takes a SYN of the same ports as a
+            # new connection at once, which meets the rules of its own time.
+            client.close()
+        return "" if port == wanted.probe_port else f"port {port} was dialled"
+    return NO_RULE if client in ready else "nothing arrived in time"
+
+
+def _judge_unseen(client: socket.socket, wanted: Redirection, family: Family) -> str:
+    """Judge a connection that another's listener has, if it is redirected."""
+    ports = (wanted.inbound_port, wanted.probe_port)
+    if ports in _connections(family):
+        return ""
+    try:
+        return NO_RULE if client.recv(1) == b"\n" else ""
+    except ConnectionError:
+        return ""  # as above; it was closed before we looked
+
+
+def _connections(family: Family) -> Iterator[tuple[int, int]]:
+    """Yield local and remote port of this namespace's sockets (proc_net_tcp.rst)."""
+    for line in TABLES[family].read_text().splitlines()[1:]:
+        _, local, remote, *_ = line.split()
+        yield int(local.rpartition(":")[2], 16), int(remote.rpartition(":")[2], 16)
 
 
 def _listener(family: Family, address: str, port: int) -> socket.socket | None:
@@ -103,10 +138,3 @@ def original_port(accepted: socket.socket, family: Family) -> int:
     raw = accepted.getsockopt(LEVELS[family], SO_ORIGINAL_DST, SOCKADDR_SIZE)
     port: int = struct.unpack_from("!2xH", raw)[0]
     return port
-
-
-def _reads_itself(client: socket.socket) -> bool:
-    try:
-        return client.recv(1) == b"\n"
-    except ConnectionResetError:
-        return False
