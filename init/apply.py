@@ -28,11 +28,9 @@ class Variant(Protocol):
 
     def why_unusable(self, family: Family, /) -> str | None: ...
 
-    def has_residue(self, family: Family, /) -> bool: ...
-
     def holds(self, family: Family, rules: Sequence[Rule], /) -> bool: ...
 
-    def replace(self, family: Family, rules: Sequence[Rule], /) -> None: ...
+    def replace(self, family: Family, rules: Sequence[Rule], /) -> bool: ...
 
 
 VARIANTS: Final[Mapping[str, Variant]] = {"legacy": legacy, "nft": nft}
@@ -98,10 +96,8 @@ def _install(
     if not manner.always_write and variant.holds(family, rules):
         log.info("in place already %s", facts)
         return
-    if variant.has_residue(family):
-        log.info("replacing rules of another run family=IPv%d", family)
-    variant.replace(family, rules)
-    log.info("applied %s", facts)
+    replaced = variant.replace(family, rules)
+    log.info("applied %s%s", facts, " in place of other rules" if replaced else "")
 
 
 def clean() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -72,12 +73,6 @@ def has_rules(family: Family) -> bool:
     return bool(names) and _in_child(_any_has_rules, family, names)
 
 
-def has_residue(family: Family) -> bool:
-    """Say whether anything of ours is in any table."""
-    names = _existing_tables(family)
-    return bool(names) and _in_child(_any_has_our_chains, family, names)
-
-
 def holds(family: Family, rules: Sequence[Rule]) -> bool:
     """Say whether `rules`, in their order, are all that there is of ours."""
     names = _existing_tables(family)
@@ -86,13 +81,16 @@ def holds(family: Family, rules: Sequence[Rule]) -> bool:
     return not names or _in_child(_holds, family, names, rules)
 
 
-def replace(family: Family, rules: Sequence[Rule]) -> None:
-    """Make `rules` all that there is of ours; without rules: remove it."""
-    if rules or has_residue(family):
-        made = [name for name in TABLES if of_table(rules, name)]
-        undone = [name for name in _existing_tables(family) if name not in made]
-        undone.sort(key=lambda name: name != "nat")  # what redirects goes first
-        _in_child(_replace, family, [*made, *undone], rules)
+def replace(family: Family, rules: Sequence[Rule]) -> bool:
+    """Make `rules` all that there is of ours; without rules: remove it.
+
+    Returns whether there was anything of ours before.
+    """
+    made = [name for name in TABLES if of_table(rules, name)]
+    undone = [name for name in _existing_tables(family) if name not in made]
+    undone.sort(key=lambda name: name != "nat")  # what redirects goes first
+    names = [*made, *undone]
+    return bool(names) and _in_child(_replace, family, names, rules)
 
 
 def _in_child(act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -123,14 +121,6 @@ def _any_has_rules(family: Family, names: Sequence[str]) -> bool:
     for name in names:
         with _table(family, name, f"read {name}") as table:
             if any(table.first_rule(chain.name) for chain in table.chains):
-                return True
-    return False
-
-
-def _any_has_our_chains(family: Family, names: Sequence[str]) -> bool:
-    for name in names:
-        with _table(family, name, f"read {name}") as table:
-            if any(is_ours(chain.name) for chain in table.chains):
                 return True
     return False
 
@@ -189,14 +179,18 @@ def _entries(table: Any, chain: str) -> Iterator[Any]:
         entry = table.next_rule(entry)
 
 
-def _replace(family: Family, names: Sequence[str], rules: Sequence[Rule]) -> None:
+def _replace(family: Family, names: Sequence[str], rules: Sequence[Rule]) -> bool:
+    any_residue = False
     for name in names:
         with _table(family, name, f"write our rules to {name}") as table:
             mine = of_table(rules, name)
-            if mine or any(is_ours(chain.name) for chain in table.chains):
+            residue = any(is_ours(chain.name) for chain in table.chains)
+            any_residue |= residue
+            if mine or residue:
                 _undo(table)
                 _create(table, family, mine)
                 table.commit()
+    return any_residue
 
 
 def _undo(table: Any, prefix: str = CHAIN_PREFIX) -> None:
@@ -320,7 +314,10 @@ def _lock() -> Iterator[None]:
 def _iptc() -> Any:
     """Import iptc late: it loads libxtables, which nft-only machines may lack."""
     try:
-        import iptc  # noqa: PLC0415
+        with warnings.catch_warnings():
+            # It looks for modprobe on import, and leaves what it opened.
+            warnings.simplefilter("ignore", ResourceWarning)
+            import iptc  # noqa: PLC0415
     except Exception as exc:  # it raises XTablesError, OSError or worse on import
         raise RedirectError(
             f"python-iptables does not load: {exc}",

@@ -48,11 +48,6 @@ def why_unusable(family: Family) -> str | None:
     return None
 
 
-def has_residue(family: Family) -> bool:
-    """Say whether anything of ours is in any table."""
-    return _installed(family) and bool(saved.undo_lines(_save(family)))
-
-
 def holds(family: Family, rules: Sequence[Rule]) -> bool:
     """Say whether `rules`, in their order, are all that there is of ours."""
     if not _installed(family):
@@ -60,11 +55,17 @@ def holds(family: Family, rules: Sequence[Rule]) -> bool:
     return saved.ours(_save(family)) == saved.expected(rules)
 
 
-def replace(family: Family, rules: Sequence[Rule]) -> None:
-    """Make `rules` all that there is of ours; without rules: remove it."""
-    if not rules and not has_residue(family):
-        return
-    _restore(family, render(rules, undo=saved.undo_lines(_save(family))))
+def replace(family: Family, rules: Sequence[Rule]) -> bool:
+    """Make `rules` all that there is of ours; without rules: remove it.
+
+    Returns whether there was anything of ours before.
+    """
+    if not rules and not _installed(family):
+        return False
+    undo = saved.undo_lines(_save(family))
+    if rules or undo:
+        _restore(family, render(rules, undo))
+    return bool(undo)
 
 
 def _save(family: Family) -> str:

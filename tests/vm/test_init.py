@@ -150,14 +150,17 @@ def test_apply_redirect_reapply_clean(
     caplog.set_level("INFO")
     wanted = Redirection(guard=guard, drop_invalid=True)
     manner = Manner(need_source=True, variant=variant)
-    for pod in (CLIENT, SERVER):
-        with pod.inside():
-            assert apply.apply(wanted, manner) == tuple(Family)
-            validate.validate(wanted, tuple(Family), DEADLINE_S)
-
+    with CLIENT.inside():
+        assert apply.apply(wanted, manner) == tuple(Family)
+        validate.validate(wanted, tuple(Family), DEADLINE_S)
     for version in versions:
         is_redirected(version)
-        answers_in_a_clients_name(version)
+
+    if len(versions) == 2:
+        with SERVER.inside():
+            apply.apply(wanted, manner)
+        for version in versions:
+            answers_in_a_clients_name(version)
 
     with CLIENT.inside():
         caplog.clear()
@@ -165,5 +168,5 @@ def test_apply_redirect_reapply_clean(
         assert caplog.text.count("in place already") == 2
         apply.clean()
         for family in Family:
-            assert not VARIANTS[variant].has_residue(family)
+            assert VARIANTS[variant].holds(family, ())
             assert not routing.is_transparent(family)
