@@ -57,7 +57,8 @@ def apply(wanted: Redirection, manner: Manner) -> tuple[Family, ...]:
         for family in Family:
             variant = _choose_or_skip(family, manner)
             if variant is None:
-                _remove_family(family)
+                for failure in _remove_family(family):
+                    log.warning("not removed family=IPv%d: %s", family, failure)
             else:
                 _apply_family(wanted, family, variant, manner)
                 applied.append(family)

@@ -35,7 +35,6 @@ PROTOCOL: Final = 0x57
 # reported since 4.18 (IFA_RT_PRIORITY), and means nothing on loopback.
 ADDRESS_METRIC: Final = 0x539
 
-RTN_LOCAL: Final = 2
 LO: Final = 1  # the index of loopback, in every namespace
 # What the kernel says of things that are not there, or of a family that is not.
 GONE: Final = (ENOENT, ESRCH, EADDRNOTAVAIL, EAFNOSUPPORT, EOPNOTSUPP)
@@ -97,9 +96,8 @@ def _set_rule(ip: Any, family: Family, wanted: bool) -> None:
         if not any(map(_is_our_kind, _rules(ip, family))):
             _unless(ip.rule, "add", {**rule, "protocol": PROTOCOL}, (EEXIST,))
         return
-    for each in _rules(ip, family):
-        if _is_our_kind(each) and each.get_attr("FRA_PROTOCOL") == PROTOCOL:
-            _unless(ip.rule, "del", {**rule, "protocol": PROTOCOL}, GONE)
+    # Both are deleted only where the origin is ours, too.
+    _unless(ip.rule, "del", {**rule, "protocol": PROTOCOL}, GONE)
     _unless(ip.route, "del", route, GONE)
 
 

@@ -197,6 +197,27 @@ def test_every_scenarios_rules_are_known_again_and_not_written(
             assert "applied family" not in caplog.text
 
 
+CHANGES = {
+    "a rule is gone": ("nat", "-D", "PODSPAN_OUTPUT", "1"),
+    "a rule is there twice": ("nat", "-A", "PODSPAN_INBOUND", "-j", "RETURN"),
+    "a rule is another": ("nat", "-R", "PODSPAN_OUTPUT", "1", "-j", "RETURN"),
+    "a jump is gone": ("mangle", "-D", "PREROUTING", "-j", "PODSPAN_PREROUTING"),
+    "a chain is more": ("nat", "-N", "PODSPAN_OLD"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_rules_that_somebody_changed_are_written_again(pod, change):
+    pod.do("apply", "--guard", "none")
+    wanted = pod.rules()
+
+    pod.namespace.run(f"iptables-{pod.variant}", "-t", *change)
+    assert pod.rules() != wanted
+    pod.do("apply", "--guard", "none")
+
+    assert pod.rules() == wanted
+
+
 def test_rules_that_are_in_place_keep_their_counters_unless_forced(pod):
     pod.do("apply", "--guard", "none")
     rules = pod.namespace.run(f"iptables-{pod.variant}-save", "-c", "-t", "nat").stdout

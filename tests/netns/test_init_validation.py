@@ -114,6 +114,15 @@ def test_a_port_that_is_another_users_tells_as_well(one_ns, redirects):
                 validate.validate(UNGUARDED, BOTH, TIMEOUT_S)
 
 
+def test_a_connection_of_another_port_is_no_proof(one_ns, monkeypatch):
+    monkeypatch.setattr(validate, "original_port", lambda *arguments: 80)
+    with one_ns.inside():
+        apply.apply(UNGUARDED, Manner())
+
+        with pytest.raises(NotRedirected, match="port 80 was dialled"):
+            validate.validate(UNGUARDED, BOTH, TIMEOUT_S)
+
+
 def test_a_lost_connection_fails_in_time(one_ns):
     with one_ns.inside():
         apply.apply(UNGUARDED, Manner())

@@ -156,7 +156,8 @@ def test_apply_redirect_reapply_clean(
     for version in versions:
         is_redirected(version)
 
-    if len(versions) == 2:
+    # Not for each: under emulation legacy's processes take seconds.
+    if variant == "nft" and len(versions) == 2:
         with SERVER.inside():
             apply.apply(wanted, manner)
         for version in versions:
