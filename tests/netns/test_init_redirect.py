@@ -4,23 +4,13 @@ import select
 import socket
 import struct
 import sys
-import threading
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
 from podspan.agent.kernel.guard import Guard
-from podspan.init.apply import Manner, apply
-from podspan.init.options import parse
-from podspan.init.plan import (
-    AGENT_MARK,
-    INBOUND_PORT,
-    OUTBOUND_PORT,
-    Family,
-    Redirection,
-)
+from podspan.init.plan import AGENT_MARK, INBOUND_PORT, OUTBOUND_PORT
 
 SERVICE_PORT = 8080
 SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same
@@ -266,87 +256,3 @@ def init_apply(namespace, guard, *options):
 
 def podspan(namespace, *arguments):
     return namespace.run(sys.executable, "-m", "podspan.agent", *arguments)
-
-
-@both_families
-def test_chosen_and_excluded_owners_interfaces_and_ports(pods, guard):
-    direct, redirected = ("server", SERVICE_PORT), ("client", OUTBOUND_PORT)
-    for options, variables, expected in (
-        (("-u", "0"), {}, direct),
-        (("-u", "1337"), {}, redirected),
-        (("-g", "0"), {}, direct),
-        ((), {"ISTIO_OUTBOUND_OWNER_GROUPS": "101,202"}, direct),
-        ((), {"ISTIO_OUTBOUND_OWNER_GROUPS": "101,0"}, redirected),
-        ((), {"ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE": "0"}, direct),
-        (("-c", "eth0"), {}, direct),
-        (("-c", "eth1"), {}, redirected),
-        (("-o", str(SERVICE_PORT)), {}, direct),
-        (("-i", "", "-q", str(SERVICE_PORT)), {}, redirected),
-        (("-i", "", "-q", "1"), {}, direct),
-        (("-i", "10.77.0.0/24,fd77::/64"), {}, redirected),
-        (("-i", "10.78.0.0/24,fd78::/64"), {}, direct),
-    ):
-        apply_here(pods.client, options, variables, guard)
-        assert pods.connect()[0] == expected, (options, variables)
-
-
-@both_families
-def test_interfaces_and_ports_of_what_reaches_a_pod(pods, guard):
-    guard.want(True)
-    direct, redirected = ("server", SERVICE_PORT), ("server", INBOUND_PORT)
-    for options, expected in (
-        (("-c", "eth0"), direct),
-        (("-b", str(SERVICE_PORT)), redirected),
-        (("-b", "1"), direct),
-        (("-b", ""), direct),
-        # A virtual machine's connection is the pod's own: on its way out.
-        (("-k", "eth0"), ("server", OUTBOUND_PORT)),
-        (("-k", "eth0", "-i", "10.78.0.0/24,fd78::/64"), direct),
-    ):
-        apply_here(pods.server, options, {}, guard)
-        assert pods.connect()[0] == expected, options
-
-
-@both_families
-def test_loopback_is_redirected_where_it_is_asked_for(pods, guard):
-    apply_here(pods.client, ("-i", "127.1.2.3,::1"), {}, guard)
-
-    if pods.version == 4:
-        taken = pods.connect(pods.client, "127.1.2.3")[0]
-        assert taken == ("client", OUTBOUND_PORT)
-    # What Istio's `-d 127.0.0.1/32 -j RETURN` leaves alone even so.
-    taken = pods.connect(pods.client, pods.loopback)[0]
-    assert taken == ("client", SERVICE_PORT)
-
-
-@pytest.mark.parametrize("variant", ["nft", "legacy"], indirect=True)
-def test_while_rules_are_replaced_no_connection_goes_past_them(pods, variant):
-    wanted = Redirection(guard=None)
-    plans = [replace(wanted, exclude_outbound_ports=(port,)) for port in (1, 2)]
-    manner = Manner(variant=variant, families=(Family.IPV4,))
-    with pods.client.inside():
-        apply(wanted, manner)
-    ended = threading.Event()
-
-    def replacing():
-        with pods.client.inside():
-            for number in range(8):
-                apply(plans[number % 2], manner)
-        ended.set()
-
-    thread = threading.Thread(target=replacing)
-    thread.start()
-    takers = set()
-    while not ended.is_set():
-        takers.add(pods.connect()[0])
-    thread.join()
-
-    assert takers == {("client", OUTBOUND_PORT)}
-
-
-def apply_here(namespace, options, variables, guard):
-    """Apply in this process: a dozen of them in the time of one command."""
-    given = parse(["apply", *options], variables)
-    wanted = replace(given.redirection, guard=str(guard.path))
-    with namespace.inside():
-        apply(wanted, Manner(variant="nft"))

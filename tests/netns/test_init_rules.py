@@ -1,5 +1,6 @@
 """The rules as the kernel holds them: applied, applied again, cleaned, among others."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -597,15 +598,28 @@ def test_both_ways_to_clean_do(way, pod, guard):
     assert pod.rules() == before
 
 
-@pytest.mark.skipif(
+needs_the_host = pytest.mark.skipif(
     not Path("/proc/sys/net/core/netdev_max_backlog").exists(),
     reason="runs inside a container: the host's network namespace is out of reach",
 )
+
+
+@needs_the_host
 @pytest.mark.parametrize("action", ["apply", "clean"])
 def test_the_hosts_network_namespace_is_refused(action):
     failed = subprocess.run(
         [*PODSPAN, action], capture_output=True, text=True, check=False
     )
+
+    assert failed.returncode == 1
+    assert "host's network namespace" in failed.stderr
+
+
+@needs_the_host
+def test_the_hosts_network_namespace_is_refused_from_afar(one_ns):
+    host = f"/proc/{os.getpid()}/ns/net"
+
+    failed = one_ns.run(*PODSPAN, "apply", "--network-namespace", host, check=False)
 
     assert failed.returncode == 1
     assert "host's network namespace" in failed.stderr
