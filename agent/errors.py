@@ -7,6 +7,7 @@ PodspanError
     FeatureMissing      names the kernel option or the package
     ProgramRejected     compile, verifier or attach; carries the log
   RedirectError         carries the command and its stderr
+    NotRedirected       a connection was tried, and the rules are not at work; exit 126
   ExportError           a place to put spans does not take them
 
 Only `podspan.agent.__main__` prints them and exits.
@@ -58,6 +59,12 @@ class RedirectError(PodspanError):
         super().__init__(what, hint)
         self.command = command
         self.stderr = stderr
+
+
+class NotRedirected(RedirectError):
+    """No rule redirects here; the exit code is that of Istio's validation."""
+
+    exit_code = 126
 
 
 class ExportError(PodspanError):

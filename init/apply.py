@@ -1,30 +1,23 @@
 """Apply the plan to the network namespace of this process: undo first, then do.
 
-Each family's table changes in one step; over both families and both variants the
-promise is kept by rolling back: after an error there is nothing of ours.
+Each table changes in one step, and the one that redirects last; over tables, families
+and variants the promise is kept by rolling back: after an error there is nothing of
+ours. What is in place already is left as it is, its counters too.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from podspan.agent.errors import RedirectError
-from podspan.init import legacy, nft
-from podspan.init.plan import Family, Rule
+from podspan.init import legacy, nft, routing
+from podspan.init.plan import Family, Redirection, Rule, Source, plan
 
 log = logging.getLogger(__name__)
-
-# Registered for the first network namespace only (net/core/sysctl_net_core.c,
-# net_core_table with init_net): its presence tells where we are also from inside a
-# container with hostNetwork, where /proc/1 is the container's own.
-INIT_NET_MARK: Final = Path("/proc/sys/net/core/netdev_max_backlog")
-
-# Absent where the kernel has no IPv6 or was booted with ipv6.disable=1.
-IPV6_MARK: Final = Path("/proc/thread-self/net/if_inet6")
 
 
 class Variant(Protocol):
@@ -35,29 +28,77 @@ class Variant(Protocol):
 
     def why_unusable(self, family: Family, /) -> str | None: ...
 
-    def has_residue(self, family: Family, /) -> bool: ...
+    def holds(self, family: Family, rules: Sequence[Rule], /) -> bool: ...
 
-    def replace(self, family: Family, rules: Sequence[Rule], /) -> None: ...
-
-
-VARIANTS: Final[tuple[Variant, ...]] = (legacy, nft)
+    def replace(self, family: Family, rules: Sequence[Rule], /) -> bool: ...
 
 
-def apply(plans: Mapping[Family, Sequence[Rule]]) -> None:
-    """Install the plans; applying twice equals applying once."""
+VARIANTS: Final[Mapping[str, Variant]] = {"legacy": legacy, "nft": nft}
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How to apply; the defaults choose and degrade, what is asked for must work."""
+
+    families: tuple[Family, ...] = tuple(Family)
+    need_ipv6: bool = False
+    need_source: bool = False  # else loopback where transparent does not work
+    variant: str | None = None  # a key of VARIANTS; None: choose by trying
+    always_write: bool = False  # also what is in place already
+
+
+def apply(wanted: Redirection, manner: Manner) -> tuple[Family, ...]:
+    """Install the rules; applying twice equals applying once.
+
+    Returns the families that have them.
+    """
+    applied = []
     try:
-        for family, rules in plans.items():
-            variant = _choose_or_skip(family)
+        for family in Family:
+            variant = _choose_or_skip(family, manner)
             if variant is None:
-                continue
-            for other in VARIANTS:
-                if other is not variant:
-                    other.replace(family, ())
-            variant.replace(family, rules)
-            log.info("applied family=IPv%d variant=%s", family, variant.NAME)
+                for failure in _remove_family(family):
+                    log.warning("not removed family=IPv%d: %s", family, failure)
+            else:
+                _apply_family(wanted, family, variant, manner)
+                applied.append(family)
     except BaseException:
         _remove_quietly()
         raise
+    return tuple(applied)
+
+
+def _apply_family(
+    wanted: Redirection, family: Family, variant: Variant, manner: Manner
+) -> None:
+    try:
+        _install(wanted, family, variant, manner)
+    except RedirectError as exc:
+        if wanted.source is Source.LOOPBACK or manner.need_source:
+            raise
+        _install(replace(wanted, source=Source.LOOPBACK), family, variant, manner)
+        log.warning(
+            "IPv%d: applications will see 127.0.0.6 or ::6 as their client where the "
+            "agent relays a call: transparent sources do not work here: %s",
+            family,
+            exc,
+        )
+
+
+def _install(
+    wanted: Redirection, family: Family, variant: Variant, manner: Manner
+) -> None:
+    rules = plan(wanted, family)
+    facts = f"family=IPv{family.value} variant={variant.NAME} source={wanted.source}"
+    routing.replace(family, wanted.source)
+    for other in VARIANTS.values():
+        if other is not variant:
+            other.replace(family, ())
+    if not manner.always_write and variant.holds(family, rules):
+        log.info("in place already %s", facts)
+        return
+    replaced = variant.replace(family, rules)
+    log.info("applied %s%s", facts, " in place of other rules" if replaced else "")
 
 
 def clean() -> None:
@@ -67,29 +108,14 @@ def clean() -> None:
         raise failures[0]
 
 
-def refuse_host() -> None:
-    """Raise in the host's network namespace: rules here would redirect the node.
-
-    Blind: a node that is itself a container (kind) has a namespace like any pod's.
-    """
-    if INIT_NET_MARK.exists():
-        raise RedirectError(
-            "this is the host's network namespace, podspan init is for a pod's",
-            hint="run it in the pod's init container, or: nsenter --net=FILE "
-            "podspan init ...; pods with hostNetwork need no init",
-        )
-
-
-def choose(family: Family) -> Variant:
+def choose(family: Family, forced: str | None = None) -> Variant:
     """Choose by trying, in Istio's order: legacy in use, else nft, else legacy.
 
     Istio's last resort is the plain `iptables`. That is one of the two variants, and
     here legacy needs no command.
     """
     reasons: list[str] = []
-    if legacy.has_rules(family) and _usable(legacy, family, reasons):
-        return legacy
-    for variant in (nft, legacy):
+    for variant in _candidates(family, forced):
         if _usable(variant, family, reasons):
             return variant
     raise RedirectError(
@@ -98,6 +124,12 @@ def choose(family: Family) -> Variant:
         "kernel with nf_tables or iptable_nat",
         stderr="\n".join(reasons),
     )
+
+
+def _candidates(family: Family, forced: str | None) -> Iterable[Variant]:
+    if forced is not None:
+        return (VARIANTS[forced],)
+    return (legacy, nft) if legacy.has_rules(family) else (nft, legacy)
 
 
 def _usable(variant: Variant, family: Family, reasons: list[str]) -> bool:
@@ -111,29 +143,39 @@ def _usable(variant: Variant, family: Family, reasons: list[str]) -> bool:
     return reason is None
 
 
-def _choose_or_skip(family: Family) -> Variant | None:
+def _choose_or_skip(family: Family, manner: Manner) -> Variant | None:
     """IPv4 must work; IPv6 is left alone where kernel or namespace has none."""
-    if family is Family.IPV4:
-        return choose(family)
-    if not IPV6_MARK.exists():
+    if family not in manner.families:
+        log.info("skipped family=IPv%d: not asked for", family)
+        return None
+    if family is Family.IPV4 or manner.need_ipv6:
+        return choose(family, manner.variant)
+    if not routing.IPV6_MARK.exists():
         log.info("skipped family=IPv6: the kernel has no IPv6")
         return None
     try:
-        return choose(family)
+        return choose(family, manner.variant)
     except RedirectError as exc:
         log.warning("skipped family=IPv6: %s", exc)
         return None
 
 
 def _remove() -> list[RedirectError]:
+    return [failure for family in Family for failure in _remove_family(family)]
+
+
+def _remove_family(family: Family) -> list[RedirectError]:
     """Go on after a failure: what one variant refuses another may hold."""
     failures = []
-    for family in Family:
-        for variant in VARIANTS:
-            try:
-                variant.replace(family, ())
-            except RedirectError as exc:
-                failures.append(exc)
+    for variant in VARIANTS.values():
+        try:
+            variant.replace(family, ())
+        except RedirectError as exc:
+            failures.append(exc)
+    try:
+        routing.replace(family, None)
+    except RedirectError as exc:
+        failures.append(exc)
     return failures
 
 

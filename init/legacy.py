@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +27,17 @@ from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
 from podspan.agent.errors import RedirectError
-from podspan.init.plan import CHAIN_PREFIX, Family, Module, Rule, chains, is_ours
+from podspan.init.plan import (
+    CHAIN_PREFIX,
+    RETURN,
+    TABLES,
+    Family,
+    Module,
+    Rule,
+    chains,
+    is_ours,
+    of_table,
+)
 
 NAME: Final = "legacy"
 
@@ -62,15 +73,24 @@ def has_rules(family: Family) -> bool:
     return bool(names) and _in_child(_any_has_rules, family, names)
 
 
-def has_residue(family: Family) -> bool:
-    """Say whether anything of ours is in the nat table."""
-    return "nat" in _existing_tables(family) and _in_child(_has_our_chains, family)
+def holds(family: Family, rules: Sequence[Rule]) -> bool:
+    """Say whether `rules`, in their order, are all that there is of ours."""
+    names = _existing_tables(family)
+    if {rule.table for rule in rules} - set(names):
+        return False
+    return not names or _in_child(_holds, family, names, rules)
 
 
-def replace(family: Family, rules: Sequence[Rule]) -> None:
-    """Make `rules` all that there is of ours; without rules: remove it."""
-    if rules or has_residue(family):
-        _in_child(_replace, family, rules)
+def replace(family: Family, rules: Sequence[Rule]) -> bool:
+    """Make `rules` all that there is of ours; without rules: remove it.
+
+    Returns whether there was anything of ours before.
+    """
+    made = [name for name in TABLES if of_table(rules, name)]
+    undone = [name for name in _existing_tables(family) if name not in made]
+    undone.sort(key=lambda name: name != "nat")  # what redirects goes first
+    names = [*made, *undone]
+    return bool(names) and _in_child(_replace, family, names, rules)
 
 
 def _in_child(act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -90,7 +110,7 @@ def _in_child(act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 def _probe(family: Family) -> None:
     with _table(family, "nat", f"add a rule to {PROBE_CHAIN}") as table:
         _undo(table, PROBE_CHAIN)  # a probe that was cut short
-        _create(table, family, [Rule(PROBE_CHAIN, Module("RETURN"))])
+        _create(table, family, [Rule(PROBE_CHAIN, RETURN)])
         table.commit()
     with _table(family, "nat", f"remove {PROBE_CHAIN}") as table:
         _undo(table, PROBE_CHAIN)
@@ -105,16 +125,72 @@ def _any_has_rules(family: Family, names: Sequence[str]) -> bool:
     return False
 
 
-def _has_our_chains(family: Family) -> bool:
-    with _table(family, "nat", "read nat") as table:
-        return any(is_ours(chain.name) for chain in table.chains)
+def _holds(family: Family, names: Sequence[str], rules: Sequence[Rule]) -> bool:
+    for name in names:
+        with _table(family, name, f"read {name}") as table:
+            wanted = of_table(rules, name)
+            # The chains first: a jump cannot be encoded to one that is not there.
+            ours = {chain.name for chain in table.chains if is_ours(chain.name)}
+            if ours != set(chains(wanted)):
+                return False
+            if _ours(table) != _expected(family, wanted):
+                return False
+    return True
 
 
-def _replace(family: Family, rules: Sequence[Rule]) -> None:
-    with _table(family, "nat", "write the redirect rules to nat") as table:
-        _undo(table)
-        _create(table, family, rules)
-        table.commit()
+def _ours(table: Any) -> dict[str, list[Any]]:
+    """Return our chains, and the chains that jump into them, with our rules there."""
+    names = [chain.name for chain in table.chains]
+    ours: dict[str, list[Any]] = {name: [] for name in names if is_ours(name)}
+    for name in names:
+        for entry in _entries(table, name):
+            if is_ours(name) or _target_name(table, entry) in ours:
+                rule = table.create_rule(entry, _iptc().Chain(table, name))
+                ours.setdefault(name, []).append(_facts(rule))
+    return ours
+
+
+def _expected(family: Family, rules: Sequence[Rule]) -> dict[str, list[Any]]:
+    """Return what `_ours` finds in a table once the rules are applied."""
+    expected: dict[str, list[Any]] = {name: [] for name in chains(rules)}
+    for rule in rules:
+        facts = _facts(_encode(family, rule))
+        expected.setdefault(rule.chain, []).append(facts)
+    return expected
+
+
+def _facts(rule: Any) -> tuple[object, ...]:
+    """Return what a rule of iptc says, as values that can be compared.
+
+    iptc's own comparison is blind to the targets' names and the matches' order.
+    """
+    modules = [*rule.matches, rule.target]
+    return (
+        *(rule.src, rule.dst, rule.in_interface, rule.out_interface, rule.protocol),
+        *((module.name, module.get_all_parameters()) for module in modules),
+        bool(rule.target.goto),
+    )
+
+
+def _entries(table: Any, chain: str) -> Iterator[Any]:
+    entry = table.first_rule(chain)
+    while entry:
+        yield entry
+        entry = table.next_rule(entry)
+
+
+def _replace(family: Family, names: Sequence[str], rules: Sequence[Rule]) -> bool:
+    any_residue = False
+    for name in names:
+        with _table(family, name, f"write our rules to {name}") as table:
+            mine = of_table(rules, name)
+            residue = any(is_ours(chain.name) for chain in table.chains)
+            any_residue |= residue
+            if mine or residue:
+                _undo(table)
+                _create(table, family, mine)
+                table.commit()
+    return any_residue
 
 
 def _undo(table: Any, prefix: str = CHAIN_PREFIX) -> None:
@@ -160,18 +236,25 @@ def _encode(family: Family, rule: Rule) -> Any:
     # The protocol first: extensions such as tcp are looked up by it.
     if rule.protocol is not None:
         encoded.protocol = rule.protocol
+    if rule.source is not None:
+        encoded.src = str(rule.source)
     if rule.destination is not None:
         encoded.dst = str(rule.destination)
+    if rule.in_interface is not None:
+        encoded.in_interface = rule.in_interface
     if rule.out_interface is not None:
         encoded.out_interface = rule.out_interface
     for match in rule.matches:
         made = encoded.create_match(match.name)
-        for name, value in match.options:
-            made.set_parameter(name, value)
-    target = encoded.create_target(rule.target.name)
-    for name, value in rule.target.options:
-        target.set_parameter(name, value)
+        _set_options(made, match)
+    _set_options(encoded.create_target(rule.target.name), rule.target)
     return encoded
+
+
+def _set_options(made: Any, module: Module) -> None:
+    for name, value in module.options:
+        negated = ["!"] if name.startswith("!") else []
+        made.set_parameter(name.removeprefix("!"), [*negated, value])
 
 
 def _existing_tables(family: Family) -> list[str]:
@@ -231,7 +314,10 @@ def _lock() -> Iterator[None]:
 def _iptc() -> Any:
     """Import iptc late: it loads libxtables, which nft-only machines may lack."""
     try:
-        import iptc  # noqa: PLC0415
+        with warnings.catch_warnings():
+            # It looks for modprobe on import, and leaves what it opened.
+            warnings.simplefilter("ignore", ResourceWarning)
+            import iptc  # noqa: PLC0415
     except Exception as exc:  # it raises XTablesError, OSError or worse on import
         raise RedirectError(
             f"python-iptables does not load: {exc}",

@@ -1,6 +1,6 @@
 """The nft variant of iptables, through its own save and restore commands.
 
-One restore is one kernel transaction: all of it takes effect, or nothing.
+One restore is one kernel transaction per table: all of it takes effect, or nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from podspan.agent.errors import RedirectError
-from podspan.init.plan import CHAIN_PREFIX, Family, Rule, render, undo_lines
+from podspan.init import saved
+from podspan.init.plan import CHAIN_PREFIX, Family, Rule, render
 
 NAME: Final = "nft"
 
@@ -47,27 +48,33 @@ def why_unusable(family: Family) -> str | None:
     return None
 
 
-def has_residue(family: Family) -> bool:
-    """Say whether anything of ours is in the nat table."""
+def holds(family: Family, rules: Sequence[Rule]) -> bool:
+    """Say whether `rules`, in their order, are all that there is of ours."""
     if not _installed(family):
+        return not rules
+    return saved.ours(_save(family)) == saved.expected(rules)
+
+
+def replace(family: Family, rules: Sequence[Rule]) -> bool:
+    """Make `rules` all that there is of ours; without rules: remove it.
+
+    Returns whether there was anything of ours before.
+    """
+    if not rules and not _installed(family):
         return False
-    try:
-        return bool(undo_lines(_save(family)))
-    except RedirectError as exc:
-        if NO_KERNEL_PART in exc.stderr:
-            return False
-        raise
-
-
-def replace(family: Family, rules: Sequence[Rule]) -> None:
-    """Make `rules` all that there is of ours; without rules: remove it."""
-    if not rules and not has_residue(family):
-        return
-    _restore(family, render(rules, undo=undo_lines(_save(family))))
+    undo = saved.undo_lines(_save(family))
+    if rules or undo:
+        _restore(family, render(rules, undo))
+    return bool(undo)
 
 
 def _save(family: Family) -> str:
-    return _run([_command(family, "save"), "-t", "nat"])
+    try:
+        return _run([_command(family, "save")])
+    except RedirectError as exc:
+        if NO_KERNEL_PART in exc.stderr:
+            return ""
+        raise
 
 
 def _restore(family: Family, text: str) -> None:
