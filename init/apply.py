@@ -2,7 +2,7 @@
 
 Each table changes in one step, and the one that redirects last; over tables, families
 and variants the promise is kept by rolling back: after an error there is nothing of
-ours. What is in place already is left as it is, its counters too.
+ours. What is in place already and asks no guard is left as it is, its counters too.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Manner:
     families: tuple[Family, ...] = tuple(Family)
     need_ipv6: bool = False
     need_source: bool = False  # else loopback where transparent does not work
+    need_gate: bool = False  # else none where the kernel has no queues
     variant: str | None = None  # a key of VARIANTS; None: choose by trying
     always_write: bool = False  # also what is in place already
 
@@ -71,18 +72,39 @@ def apply(wanted: Redirection, manner: Manner) -> tuple[Family, ...]:
 def _apply_family(
     wanted: Redirection, family: Family, variant: Variant, manner: Manner
 ) -> None:
-    try:
-        _install(wanted, family, variant, manner)
-    except RedirectError as exc:
-        if wanted.source is Source.LOOPBACK or manner.need_source:
-            raise
-        _install(replace(wanted, source=Source.LOOPBACK), family, variant, manner)
-        log.warning(
-            "IPv%d: applications will see 127.0.0.6 or ::6 as their client where the "
-            "agent relays a call: transparent sources do not work here: %s",
-            family,
-            exc,
-        )
+    failures: list[RedirectError] = []
+    for attempt in _attempts(wanted, manner):
+        try:
+            _install(attempt, family, variant, manner)
+        except RedirectError as exc:
+            failures.append(exc)
+            continue
+        if attempt.source is not wanted.source:
+            log.warning(
+                "IPv%d: applications will see 127.0.0.6 or ::6 as their client where "
+                "the agent relays a call: transparent sources do not work here: %s",
+                family,
+                failures[0],
+            )
+        if attempt.gate is not wanted.gate:
+            log.warning(
+                "IPv%d: connect(2) will succeed also where nobody answers: there is no "
+                "NFQUEUE here: %s",
+                family,
+                failures[0],
+            )
+        return
+    raise failures[0]
+
+
+def _attempts(wanted: Redirection, manner: Manner) -> list[Redirection]:
+    """Return what is wanted, and what will do where the kernel has less."""
+    attempts = [wanted]
+    if wanted.source is not Source.LOOPBACK and not manner.need_source:
+        attempts.append(replace(wanted, source=Source.LOOPBACK))
+    if wanted.guard and wanted.gate and not manner.need_gate:
+        attempts += [replace(attempt, gate=False) for attempt in attempts]
+    return attempts
 
 
 def _install(
@@ -94,7 +116,10 @@ def _install(
     for other in VARIANTS.values():
         if other is not variant:
             other.replace(family, ())
-    if not manner.always_write and variant.holds(family, rules):
+    # Rules hold the guard that was pinned when they were written, and no listing tells
+    # whether that is the one of today: what asks a guard is always written.
+    lasting = not (manner.always_write or wanted.guard)
+    if lasting and variant.holds(family, rules):
         log.info("in place already %s", facts)
         return
     replaced = variant.replace(family, rules)

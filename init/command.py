@@ -101,6 +101,7 @@ def _manner(options: Options) -> apply.Manner:
         families=_families(options),
         need_ipv6=bool(options.dual_stack),
         need_source=options.need_source,
+        need_gate=options.need_gate,
         variant=options.variant,
         always_write=options.always_write,
     )

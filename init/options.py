@@ -342,6 +342,15 @@ HOW: Final = (
         variables=("PODSPAN_GUARD",),
     ),
     Option(
+        "--gate",
+        _one_of("on", "off"),
+        "hold a connection's first packet until its destination has answered, so that "
+        "connect(2) fails as without redirection; off: redirect at once (on, where it "
+        "works)",
+        metavar="on|off",
+        variables=("PODSPAN_GATE",),
+    ),
+    Option(
         "--require-agent",
         _seconds,
         f"wait for the agent ({AGENT_TIMEOUT_S:g} s), then fail; "
@@ -552,6 +561,7 @@ class Options:
     action: str  # apply, plan or clean
     redirection: Redirection = field(default_factory=Redirection)
     need_source: bool = False  # the source was asked for
+    need_gate: bool = False  # likewise
     dual_stack: bool | None = None  # None: IPv6 where it works
     variant: str | None = None
     always_write: bool = False
@@ -620,6 +630,7 @@ class _Reader:
 
 def _options(action: str, read: _Reader) -> Options:
     source = read("inbound_source")
+    gate = read("gate")
     excluded = (
         *read("istio_local_exclude_ports", ()),
         *read("status_port", ()),
@@ -627,6 +638,7 @@ def _options(action: str, read: _Reader) -> Options:
     default = Redirection()
     redirection = Redirection(
         guard=read("guard", default.guard),
+        gate=gate != "off",
         outbound_port=read("envoy_port", default.outbound_port),
         inbound_port=read("inbound_capture_port", default.inbound_port),
         include_inbound=read("istio_inbound_ports", EVERY),
@@ -651,6 +663,7 @@ def _options(action: str, read: _Reader) -> Options:
         "clean" if read("cleanup_only", False) and action == "apply" else action,
         redirection,
         need_source=source is not None,
+        need_gate=gate == "on",
         dual_stack=read("dual_stack"),
         variant=read("force_iptables_binary"),
         always_write=read("force_apply", False),

@@ -4,6 +4,8 @@ The specification is the golden files in tests/unit/golden/. The shape, per fami
 
     nat     OUTPUT     -> PODSPAN_OUTPUT  -> PODSPAN_REDIRECT    -> the outbound port
             PREROUTING -> PODSPAN_INBOUND -> PODSPAN_IN_REDIRECT -> the inbound port
+            by way of the gate, where a connection's first packet waits until its
+            destination has answered (agent/redirect/gate.py)
     mangle  PREROUTING -> PODSPAN_PREROUTING   drops what is invalid, and notes
             OUTPUT     -> PODSPAN_RESTORE      and brings home what the agent opened in
                                                a client's name (see `Source`)
@@ -97,7 +99,8 @@ LOOPBACK_SOURCE: Final[Mapping[Family, Network]] = {
 class Redirection:
     """What to redirect, and under which condition."""
 
-    guard: str | None = GUARD_PATH  # None: unconditionally, as Istio
+    guard: str | None = GUARD_PATH  # None: unconditionally and at once, as Istio
+    gate: bool = True
     outbound_port: int = OUTBOUND_PORT
     inbound_port: int = INBOUND_PORT
     include_inbound: tuple[int, ...] | Every = EVERY
@@ -150,8 +153,8 @@ def plan(wanted: Redirection, family: Family) -> tuple[Rule, ...]:
     """Return the rules of one family, in the order in which they are appended."""
     return (
         *_mangle(wanted),
-        _redirect(REDIRECT, wanted.outbound_port, wanted.guard),
-        _redirect(IN_REDIRECT, wanted.inbound_port, wanted.guard),
+        *_redirect(REDIRECT, wanted.outbound_port, wanted),
+        *_redirect(IN_REDIRECT, wanted.inbound_port, wanted),
         *_inbound(wanted, family),
         *_outbound(wanted, family),
         # The jumps come last: a kernel that took only a part would redirect nothing.
@@ -183,12 +186,26 @@ def _mangle(wanted: Redirection) -> Iterator[Rule]:
         yield Rule("OUTPUT", Module(RESTORE), protocol="tcp", table=MANGLE)
 
 
-def _redirect(chain: str, port: int, guard: str | None) -> Rule:
-    matches = (Module("bpf", (("object-pinned", guard),)),) if guard else ()
-    return Rule(chain, _to_port(port), protocol="tcp", matches=matches)
+def _redirect(chain: str, port: int, wanted: Redirection) -> Iterator[Rule]:
+    if not wanted.guard:
+        yield Rule(chain, _to_port(port), protocol="tcp")
+        return
+    guard = (Module("bpf", (("object-pinned", wanted.guard),)),)
+    if not wanted.gate:
+        yield Rule(chain, _to_port(port), protocol="tcp", matches=guard)
+        return
+    let_in = (Module("mark", (("mark", _masked(GATE_MARK)),)),)
+    yield Rule(chain, _to_port(port), protocol="tcp", matches=let_in)
+    # Where nobody holds the queue, packets pass: --queue-bypass.
+    queue = (("queue-num", str(GATE_QUEUE)), ("queue-bypass", ""))
+    yield Rule(chain, Module("NFQUEUE", queue), protocol="tcp", matches=guard)
 
 
 def _inbound(wanted: Redirection, family: Family) -> Iterator[Rule]:
+    if wanted.guard and wanted.gate:
+        # Sent on by the gate: nobody listens where it is meant for.
+        marked = Module("mark", (("mark", _masked(AGENT_MARK)),))
+        yield Rule(INBOUND, RETURN, matches=(marked,))
     for interface in wanted.exclude_interfaces:
         yield Rule(INBOUND, RETURN, in_interface=interface)
     for interface in wanted.virtual_interfaces:

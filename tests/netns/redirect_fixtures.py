@@ -181,7 +181,11 @@ def connect(
     with client.inside():
         sock = socket.socket(FAMILIES[version])
     sock.settimeout(DEADLINE_S)
-    sock.connect((address_of(server, version), port))
+    try:
+        sock.connect((address_of(server, version), port))
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 

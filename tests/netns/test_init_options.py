@@ -4,7 +4,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from netns.test_init_redirect import SERVICE_PORT, Pods
+from netns.redirect_pods import SERVICE_PORT, Pods
 from podspan.init.apply import VARIANTS, Manner, apply
 from podspan.init.options import parse
 from podspan.init.plan import INBOUND_PORT, OUTBOUND_PORT, Family, Redirection, plan

@@ -21,6 +21,7 @@ GUARDED = "--guard=/sys/fs/bpf/other/guard"
 SCENARIOS = {
     "default": [],
     "unguarded": ["--guard", "none"],
+    "no-gate": ["--gate", "off"],
     "other-ports-and-guard": ["-p", "16001", "-z", "16006", GUARDED],
     "loopback-source": ["--inbound-source", "loopback"],
     "drop-invalid": ["--drop-invalid"],
@@ -108,8 +109,19 @@ def test_no_connection_but_the_probe_is_redirected_past_the_guard(scenario, fami
         key=lambda rule: rule.chain != plan.OUTPUT,
     )
 
-    guard = (Module("bpf", (("object-pinned", wanted.guard),)),) if wanted.guard else ()
-    assert [rule.matches for rule in guarded] == [guard, guard]
+    let_in = (Module("mark", (("mark", "0x53a/0xfff"),)),)
+    guard = (Module("bpf", (("object-pinned", wanted.guard),)),)
+    gates = [rule for rule in rules if rule.target.name == "NFQUEUE"]
+    if not wanted.guard:
+        assert (gates, [rule.matches for rule in guarded]) == ([], [(), ()])
+    elif not wanted.gate:
+        assert (gates, [rule.matches for rule in guarded]) == ([], [guard, guard])
+    else:
+        assert [rule.matches for rule in guarded] == [let_in, let_in]
+        assert [(gate.chain, gate.matches) for gate in gates] == [
+            (plan.REDIRECT, guard),
+            (plan.IN_REDIRECT, guard),
+        ]
     port = str(wanted.probe_port)
     assert probe.matches == (Module("tcp", (("sport", port), ("dport", port))),)
     assert probe.destination == plan.LOOPBACK[family]
