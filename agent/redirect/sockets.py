@@ -33,6 +33,7 @@ _SO_ORIGINAL_DST: Final = 80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is 
 _IP_TRANSPARENT: Final = 19  # linux/in.h
 _IPV6_TRANSPARENT: Final = 75  # linux/in6.h
 _SIOCOUTQ: Final = 0x5411  # linux/sockios.h
+_SIOCGIFADDR: Final = 0x8915
 _CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 _RESET: Final = struct.pack("ii", 1, 0)  # struct linger: on, no time
 _LINGER_OFF: Final = struct.pack("ii", 0, 0)
@@ -250,12 +251,36 @@ def transparent_families(netns_fd: int) -> frozenset[int]:
     return call_inside(netns_fd, attempt)
 
 
+def _own_address(family: int) -> str | None:
+    """Return an address of the pod's that others know; None: it has none."""
+    if family == socket.AF_INET6:
+        return _own_ipv6(Path("/proc/thread-self/net/if_inet6"))
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("16s24x", name.encode())
+            with suppress(OSError):  # an interface without one
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
+                address = IPv4Address(answer[20:24])
+                if not address.is_loopback:
+                    return str(address)
+    return None
+
+
+def _own_ipv6(table: Path) -> str | None:
+    with suppress(OSError):  # no IPv6
+        for line in table.read_text().splitlines():
+            address = IPv6Address(bytes.fromhex(line.split()[0]))
+            if not (address.is_loopback or address.is_link_local):
+                return str(address)
+    return None
+
+
 def _connects_spoofed(family: int) -> bool:
     spoofed = _SPOOFED[socket.AddressFamily(family)]
+    own = _own_address(family)
+    if own is None:
+        return False
     with suppress(OSError), ExitStack() as stack:
-        probe = stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-        probe.connect((spoofed, 9))  # sends nothing; chooses the pod's address
-        own = probe.getsockname()[0]
         listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
         listener.bind((own, 0))
         listener.listen(1)

@@ -192,10 +192,14 @@ def test_every_scenarios_rules_are_known_again_and_not_written(
             caplog.clear()
             apply.apply(wanted, manner)
             assert caplog.text.count("applied family") == 2, scenario
+            for family in Family:
+                held = VARIANTS[variant].holds(family, plan(wanted, family))
+                assert held, (scenario, family)
             caplog.clear()
             apply.apply(wanted, manner)
-            assert caplog.text.count("in place already") == 2, scenario
-            assert "applied family" not in caplog.text
+            # The guard that rules hold may be another one by now.
+            written = "applied family" if wanted.guard else "in place already"
+            assert caplog.text.count(written) == 2, scenario
 
 
 CHANGES = {
@@ -490,13 +494,22 @@ def test_no_capability_is_one_line_and_a_hint(one_ns, action):
 
 @pytest.fixture
 def without_connmark(tmp_path):
-    """A node whose kernel has no CONNMARK, as far as nft's restore tells."""
+    return _without("CONNMARK", tmp_path)
+
+
+@pytest.fixture
+def without_nfqueue(tmp_path):
+    return _without("NFQUEUE", tmp_path)
+
+
+def _without(target, tmp_path):
+    """A node whose kernel has no such target, as far as nft's restore tells."""
     for program in ("iptables-nft-restore", "ip6tables-nft-restore"):
         shim = tmp_path / program
         shim.write_text(
             "#!/bin/sh\n"
             "rules=$(cat)\n"
-            'case $rules in *CONNMARK*) echo "no CONNMARK" >&2; exit 4;; esac\n'
+            f'case $rules in *{target}*) echo "no {target}" >&2; exit 4;; esac\n'
             f'echo "$rules" | /usr/sbin/{program} "$@"\n'
         )
         shim.chmod(0o755)
@@ -519,8 +532,30 @@ def test_without_connmark_the_source_is_loopback_with_a_warning(
             assert nft.holds(family, plan(wanted, family))
     assert "::6" in one_ns.run("ip", "address").stdout
     assert "fwmark" not in one_ns.run("ip", "rule").stdout
-    again = pod.init("apply", "--guard", guard, env=without_connmark)
-    assert again.stderr.count("in place already") == 2
+
+
+def test_without_queues_there_is_no_gate_and_a_warning(one_ns, guard, without_nfqueue):
+    pod = Pod(one_ns, "nft")
+
+    done = pod.init("apply", "--guard", guard, env=without_nfqueue)
+
+    assert done.stderr.count("WARNING") == 2
+    assert "no NFQUEUE" in done.stderr
+    with one_ns.inside():
+        for family in Family:
+            wanted = Redirection(guard=guard, gate=False)
+            assert nft.holds(family, plan(wanted, family))
+
+
+def test_a_gate_that_was_asked_for_has_to_work(one_ns, guard, without_nfqueue):
+    pod = Pod(one_ns, "nft")
+    argv = ("apply", "--guard", guard, "--gate", "on")
+
+    done = pod.init(*argv, env=without_nfqueue, check=False)
+
+    assert done.returncode == 1
+    assert "no NFQUEUE" in done.stderr
+    assert not ours(pod.rules())
 
 
 def test_a_transparent_source_that_was_asked_for_has_to_work(
