@@ -13,8 +13,9 @@ Pure, bytes in and actions out:
 Shells:
     sockets   listeners in the pod's namespace, original destinations, upstream sockets
     loop      epoll and timers of a worker
+    gate      a connection's SYN waits until its destination has answered
+    waiting   what waits there, and the connected sockets
     relay     one connection: two sockets and a layer
-    splice    bodies that stay in the kernel
     worker    a process that serves connections
     control   what workers and agent tell each other
     engine    the agent's side: starts, restarts and counts workers

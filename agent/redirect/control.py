@@ -7,7 +7,6 @@ A message is one packet, a pair of its name and its fields; descriptors go with 
     Open    listeners of a pod  Unserved     they are not: why
     Close   a pod               Counted      counters since the last one
     Drain   end                 Finished     exchanges of HTTP/2
-                                Unreachable  a server that did not answer connect(2)
                                 Overloaded   whether it accepts no connections
 """
 
@@ -96,34 +95,13 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class Unreachable:
-    """An upstream connection failed: the guard may let the next attempts go direct."""
-
-    netns: int
-    inbound: bool
-    addr: str
-    port: int
-    error: int  # errno
-
-
-@dataclass(frozen=True, slots=True)
 class Overloaded:
     """The worker has no descriptors left (or has again), and accepts nothing."""
 
     yes: bool
 
 
-Message = (
-    Start
-    | Open
-    | Close
-    | Drain
-    | Opened
-    | Counted
-    | Finished
-    | Unreachable
-    | Overloaded
-)
+Message = Start | Open | Close | Drain | Opened | Counted | Finished | Overloaded
 _BY_NAME: Final[dict[str, type[Message]]] = {
     kind.__name__: kind
     for kind in (
@@ -134,7 +112,6 @@ _BY_NAME: Final[dict[str, type[Message]]] = {
         Opened,
         Counted,
         Finished,
-        Unreachable,
         Overloaded,
     )
 }

@@ -41,8 +41,6 @@ STEADY_S: Final = 10.0
 # From the end of a drain, which resets what is left, to the kill.
 EXIT_S: Final = 2.0
 
-OnUnreachable = Callable[[control.Unreachable], None]
-
 
 @dataclass(frozen=True, slots=True)
 class PodPlan:
@@ -80,12 +78,18 @@ class _Pod:
     slot: _Slot  # whose worker serves it: a gate's queue has one reader
     told: bool = False
 
-    def change(self, plan: PodPlan) -> None:
-        """Take other options; connections that are open keep theirs."""
+    def change(self, plan: PodPlan) -> bool:
+        """Take the options of this moment; return whether they are others.
+
+        Connections that are open keep theirs. The rules that make clients' addresses
+        possible may come, and go, at any time.
+        """
+        before = (self.plan, self.transparent)
         self.plan = plan
         self.transparent = frozenset()
         if plan.inbound_source == "auto":
             self.transparent = sockets.transparent_families(self.netns_fd)
+        return before != (self.plan, self.transparent)
 
     def message(self, *, gate: bool) -> control.Open:
         return control.Open(
@@ -137,14 +141,12 @@ class RedirectEngine:
         options: WorkerOptions,
         on_record: Callable[[Exchange], None],
         on_warning: Callable[[str], None],
-        on_unreachable: OnUnreachable = lambda _: None,
     ) -> None:
         """Start the workers; `handoff_fds` are those of handoff.Handoff, or empty."""
         self._handoff_fds = handoff_fds
         self._options = options
         self._on_record = on_record
         self._on_warning = on_warning
-        self._on_unreachable = on_unreachable
         self._pods: dict[int, _Pod] = {}
         self._warned: dict[int, str] = {}
         self._no_gate = False
@@ -178,10 +180,8 @@ class RedirectEngine:
             elif not known.told:
                 with self._warning_once(plan):
                     self._tell(known)
-            elif known.plan != plan:
-                known.change(plan)
-                if known.slot.worker is not None:
-                    known.slot.worker.channel.send(known.message(gate=False))
+            elif known.change(plan) and known.slot.worker is not None:
+                known.slot.worker.channel.send(known.message(gate=False))
 
     def poll(self) -> None:
         """Take what workers have told, without waiting; replace those that ended."""
@@ -342,8 +342,6 @@ class RedirectEngine:
             case control.Finished(exchanges):
                 for packed in exchanges:
                     self._on_record(control.unpack_exchange(packed))
-            case control.Unreachable():
-                self._on_unreachable(message)
             case control.Overloaded(yes):
                 worker.overloaded = yes
                 if yes:

@@ -71,6 +71,27 @@ from podspan.agent.redirect.layer import Action, Send, Side, StreamRecord
 
 Headers = list[HeaderTuple]
 
+# As many as bpf/context.h keeps by default; losing one costs a level of the tree.
+RECEIVED_IDS_MAX = 16384
+
+
+class ReceivedIds:
+    """Span ids that requests brought into a pod; the latest ones."""
+
+    def __init__(self) -> None:
+        self._ids: dict[int, None] = {}
+
+    def add(self, span_id: int) -> None:
+        """Remember one, and forget the oldest where there are too many."""
+        self._ids[span_id] = None
+        if len(self._ids) > RECEIVED_IDS_MAX:
+            del self._ids[next(iter(self._ids))]
+
+    def __contains__(self, span_id: int) -> bool:
+        """Tell whether a request brought this id lately."""
+        return span_id in self._ids
+
+
 PREFACE_LENGTH = 24  # RFC 9113 section 3.4
 FRAME_HEAD = 9  # length in 3 bytes, type, flags, stream id in 4
 
@@ -222,7 +243,10 @@ class Http2:
         options: Propagation,
         now_ns: Callable[[], int],
         random64: Callable[[], int],
+        received_ids: ReceivedIds | None = None,
     ) -> None:
+        """`received_ids` are those of all connections that enter the same pod."""
+        self._received_ids = ReceivedIds() if received_ids is None else received_ids
         self._direction = direction
         self._options = options
         self._now = now_ns
@@ -393,9 +417,14 @@ class Http2:
     def _with_context(self, headers: Headers) -> tuple[Given, Headers]:
         """Decide the context of a request, and write it where it is not yet."""
         given = context_of_stream(
-            headers, self._direction, self._options, self._random64
+            headers,
+            self._direction,
+            self._options,
+            self._random64,
+            self._received_ids.__contains__,
         )
         if self._direction is Direction.INBOUND and given.link == Link.HEADER:
+            self._received_ids.add(given.parent_id)
             return given, headers
         edit = edit_for(headers, given, self._options)
         # A line that stays is the same object. Ours come once and never again: in the

@@ -82,7 +82,6 @@ class Shared:
     loop: Loop
     counters: Counter[str]
     closed: Callable[[Relay], None]
-    unreachable: Callable[[Relay, int], None]  # errno
     finished: Callable[[Relay, StreamRecord], None]
     sniff_wait_s: float
     splicer: Splicer | None = None
@@ -243,7 +242,6 @@ class Relay:
     def _not_connected(self, error: int) -> None:
         name = errno.errorcode.get(error, str(error)).lower()
         self._shared.counters[f"connect_failed_{name}"] += 1
-        self._shared.unreachable(self, error)
         self._close()
 
     def _in_trouble(self, end: _End) -> bool:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from podspan.agent.errors import RedirectError
+from podspan.agent.redirect.route_back import has_route_back
 
 # Recognised by our rules and by the kernel's programs; as AGENT_MARK of init/plan.py.
 MARK: Final = 0x539
@@ -33,7 +34,6 @@ _SO_ORIGINAL_DST: Final = 80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is 
 _IP_TRANSPARENT: Final = 19  # linux/in.h
 _IPV6_TRANSPARENT: Final = 75  # linux/in6.h
 _SIOCOUTQ: Final = 0x5411  # linux/sockios.h
-_SIOCGIFADDR: Final = 0x8915
 _CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 _RESET: Final = struct.pack("ii", 1, 0)  # struct linger: on, no time
 _LINGER_OFF: Final = struct.pack("ii", 0, 0)
@@ -44,10 +44,6 @@ LOOPBACK_SOURCES: Final = {
     socket.AF_INET: "127.0.0.6",
     socket.AF_INET6: "::6",
 }
-
-# Documentation addresses (RFC 5737, RFC 3849): nobody's, so a trial disturbs nobody.
-_SPOOFED: Final = {socket.AF_INET: "192.0.2.6", socket.AF_INET6: "2001:db8::6"}
-_TRIAL_S: Final = 0.2
 
 # As socket.connect takes it: (host, port), of IPv6 (host, port, flow, scope).
 Address = tuple[str, int] | tuple[str, int, int, int]
@@ -241,56 +237,10 @@ def _make_transparent(sock: socket.socket) -> None:
 def transparent_families(netns_fd: int) -> frozenset[int]:
     """Say in which families the pod may see its clients' own addresses.
 
-    By a connection from a foreign address to the pod's own: it takes the route back
-    that `podspan init` makes for marked connections.
+    There `podspan init` has made the route that answers take back.
     """
-
-    def attempt() -> frozenset[int]:
-        return frozenset(family for family in _SPOOFED if _connects_spoofed(family))
-
-    return call_inside(netns_fd, attempt)
-
-
-def _own_address(family: int) -> str | None:
-    """Return an address of the pod's that others know; None: it has none."""
-    if family == socket.AF_INET6:
-        return _own_ipv6(Path("/proc/thread-self/net/if_inet6"))
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("16s24x", name.encode())
-            with suppress(OSError):  # an interface without one
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-                address = IPv4Address(answer[20:24])
-                if not address.is_loopback:
-                    return str(address)
-    return None
-
-
-def _own_ipv6(table: Path) -> str | None:
-    with suppress(OSError):  # no IPv6
-        for line in table.read_text().splitlines():
-            address = IPv6Address(bytes.fromhex(line.split()[0]))
-            if not (address.is_loopback or address.is_link_local):
-                return str(address)
-    return None
-
-
-def _connects_spoofed(family: int) -> bool:
-    spoofed = _SPOOFED[socket.AddressFamily(family)]
-    own = _own_address(family)
-    if own is None:
-        return False
-    with suppress(OSError), ExitStack() as stack:
-        listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-        listener.bind((own, 0))
-        listener.listen(1)
-        upstream = stack.enter_context(open_upstream(family))
-        _make_transparent(upstream)
-        upstream.bind((spoofed, 0))
-        upstream.settimeout(_TRIAL_S)
-        upstream.connect(listener.getsockname()[:2])
-        return True
-    return False
+    families = (socket.AF_INET, socket.AF_INET6)
+    return call_inside(netns_fd, lambda: frozenset(filter(has_route_back, families)))
 
 
 def end_on_close(sock: socket.socket) -> None:

@@ -33,7 +33,7 @@ from podspan.agent.kernel.handoff import Handoff, Tuple
 from podspan.agent.redirect import control, sockets
 from podspan.agent.redirect.gate import Flow, Gate, Held
 from podspan.agent.redirect.http1 import Http1
-from podspan.agent.redirect.http2 import Http2
+from podspan.agent.redirect.http2 import Http2, ReceivedIds
 from podspan.agent.redirect.inject import Direction, Given, Propagation, new_root
 from podspan.agent.redirect.layer import Layer, StreamRecord
 from podspan.agent.redirect.loop import Loop
@@ -100,6 +100,7 @@ class _Pod:
     options: Propagation
     transparent: frozenset[int]
     waiting: Waiting | None = None
+    received_ids: ReceivedIds = field(default_factory=ReceivedIds)
     listeners: list[_Listener] = field(default_factory=list)
     relays: set[Relay] = field(default_factory=set)
 
@@ -145,7 +146,6 @@ class Worker:
             loop=self._loop,
             counters=self._counters,
             closed=self._closed,
-            unreachable=self._unreachable,
             finished=self._finished,
             sniff_wait_s=1.0,
         )
@@ -402,7 +402,8 @@ class Worker:
             return Http1(direction, self._give(relay), options)
         if spoken is Spoken.HTTP2:
             self._tell_maps(lambda: self._maps.claim(connection.application))
-            return Http2(direction, options, time.monotonic_ns, _random64)
+            received = connection.pod.received_ids
+            return Http2(direction, options, time.monotonic_ns, _random64, received)
         return None
 
     def _give(self, relay: Relay) -> Callable[[int, Headers], Given | None]:
@@ -439,14 +440,6 @@ class Worker:
         if not self._accepting and len(self._relays) < self._max_open:
             # In a turn of its own: the descriptors are closed after this one.
             self._loop.after(0, self._accept_again)
-
-    def _unreachable(self, relay: Relay, error: int) -> None:
-        connection = _connection(relay)
-        inbound = connection.direction is Direction.INBOUND
-        addr, port = connection.destination[:2]
-        self._channel.send(
-            control.Unreachable(connection.pod.netns, inbound, addr, port, error)
-        )
 
     def _finished(self, relay: Relay, record: StreamRecord) -> None:
         outbound = _connection(relay).direction is Direction.OUTBOUND

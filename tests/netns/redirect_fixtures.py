@@ -17,7 +17,6 @@ from netns.http_peer import DEADLINE_S, FAMILIES
 from podspan.agent.exchange import Exchange
 from podspan.agent.kernel import syscall
 from podspan.agent.kernel.handoff import HANDED, HANDED_KEY, ROOT_KEY, TUPLE, Handoff
-from podspan.agent.redirect.control import Unreachable
 from podspan.agent.redirect.engine import PodPlan, RedirectEngine, WorkerOptions
 from podspan.init.plan import GATE_MARK, GATE_QUEUE
 
@@ -102,14 +101,12 @@ class Redirection:
     ) -> None:
         self.records: list[Exchange] = []
         self.warnings: list[str] = []
-        self.unreachable: list[Unreachable] = []
         self.engine = RedirectEngine(
             workers=workers,
             handoff_fds=handoff_fds,
             options=options,
             on_record=self.records.append,
             on_warning=self.warnings.append,
-            on_unreachable=self.unreachable.append,
         )
 
     def serve(self, *pods: Namespace | PodPlan) -> None:

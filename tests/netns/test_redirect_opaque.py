@@ -31,6 +31,7 @@ from netns.redirect_fixtures import (
     serving,
     wait_until,
 )
+from netns.redirect_pods import podspan
 from podspan.agent.redirect.engine import WorkerOptions
 
 # Megabytes each way; PODSPAN_TEST_TRANSFER_MB=1024 is a gigabyte.
@@ -251,25 +252,46 @@ def test_the_server_sees_istios_loopback_address_where_no_other_is_possible(
     assert seen == ("127.0.0.6" if version == 4 else "::6")
 
 
-@pytest.mark.parametrize(
-    ("inbound_source", "seen"), [("auto", "10.77.0.1"), ("loopback", "127.0.0.6")]
-)
-def test_the_server_sees_the_client_where_answers_are_routed_back(
-    two_ns_veth, inbound_source, seen
+def seen_by_the_server(client, server, version):
+    with connected(client, server, version) as (ours, theirs):
+        seen = theirs.getpeername()[0]
+        ours.sendall(OPAQUE)
+        assert read_exactly(theirs, 1) == OPAQUE
+        theirs.sendall(b"answer")
+        assert read_exactly(ours, 6) == b"answer"
+    return seen
+
+
+@both_families
+def test_the_server_sees_the_client_while_init_routes_answers_back(
+    two_ns_veth, version
 ):
+    """The init step may come after the agent, and what it made may go."""
     client, server = two_ns_veth
     redirect_inbound(server)
-    route_answers_back(server)
+    own = "127.0.0.6" if version == 4 else server.ipv6
+    shown = address_of(client, version)
     with redirection() as engine:
-        engine.serve(plan_of(server, inbound_source=inbound_source))
-        with connected(client, server) as (ours, theirs):
-            found = theirs.getpeername()[0]
-            ours.sendall(OPAQUE)
-            assert read_exactly(theirs, 1) == OPAQUE
-            theirs.sendall(b"answer")
-            assert read_exactly(ours, 6) == b"answer"
 
-    assert found == seen
+        def until_the_server_sees(address):
+            engine.serve(server)
+            engine.until(lambda: seen_by_the_server(client, server, version) == address)
+
+        until_the_server_sees(own)
+        # All but what redirects.
+        podspan(server, "init", "apply", "--guard", "none", "-b", "", "-i", "")
+        until_the_server_sees(shown)
+        podspan(server, "init", "clean")
+        until_the_server_sees(own)
+
+
+def test_the_server_sees_no_client_where_that_is_not_wanted(two_ns_veth):
+    client, server = two_ns_veth
+    redirect_inbound(server)
+    podspan(server, "init", "apply", "--guard", "none", "-b", "", "-i", "")
+    with redirection() as engine:
+        engine.serve(plan_of(server, inbound_source="loopback"))
+        assert seen_by_the_server(client, server, 4) == "127.0.0.6"
 
 
 def test_a_pod_without_ipv6_is_served(two_ns_veth):
@@ -345,18 +367,3 @@ def smtp_server(namespace, box):
 
 def unread(sock):
     return len(sock.recv(8 << 20, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-
-
-def route_answers_back(namespace):
-    """The routing that transparent upstream sockets need: what init makes for them."""
-    for rule in (
-        "PREROUTING -p tcp -m mark --mark 0x539 -j CONNMARK --set-mark 0x111",
-        "OUTPUT -p tcp -m connmark --mark 0x111 -j CONNMARK --restore-mark",
-    ):
-        namespace.run("iptables", "-t", "mangle", "-A", *rule.split())
-    for words in (
-        "route add default via 10.77.0.1",
-        "rule add fwmark 0x111 lookup 133",
-        "route add local 0.0.0.0/0 dev lo table 133",
-    ):
-        namespace.run("ip", *words.split())

@@ -21,7 +21,6 @@ from podspan.agent.redirect.control import (
     Opened,
     Overloaded,
     Start,
-    Unreachable,
     decode,
     encode,
     pack_exchange,
@@ -38,7 +37,6 @@ MESSAGES = (
     Opened(4026531840),
     Counted({"connections_outbound": 1 << 40}, 7),
     Finished((b"\0\xff", b"")),
-    Unreachable(4026531840, inbound=False, addr="fd77::2", port=80, error=111),
     Overloaded(yes=True),
 )
 

@@ -47,6 +47,7 @@ from podspan.agent.redirect.http2 import (
     HEADER_LIST_MAX,
     PREMATURE_STREAMS,
     Http2,
+    ReceivedIds,
 )
 from podspan.agent.redirect.inject import Direction, Propagation
 from podspan.agent.redirect.layer import Abort, Count, End, Report, Send, Side
@@ -111,7 +112,9 @@ class Wire:
     buffer towards it is not drained.
     """
 
-    def __init__(self, direction=Direction.OUTBOUND, cut=whole, **options):
+    def __init__(
+        self, direction=Direction.OUTBOUND, cut=whole, received_ids=None, **options
+    ):
         self.now_ns = 1_000_000_000
         self._random = Random(7)
         self.cut = cut
@@ -120,6 +123,7 @@ class Wire:
             Propagation(**options),
             lambda: self.now_ns,
             lambda: self._random.getrandbits(64),
+            received_ids,
         )
         self.client = Endpoint(lenient(True))
         self.server = Endpoint(lenient(False))
@@ -266,6 +270,29 @@ def test_inbound_context_is_left_as_it_is_and_shared():
     [record] = wire.records
     assert record.span_id == 0xA2FB4A1D1A96D312
     assert record.flags == FLAG_SAMPLED | FLAG_SHARED
+
+
+def test_a_forwarded_id_means_the_span_that_served_it():
+    """With --span-ids child a server's span has an id of its own."""
+    pod = ReceivedIds()
+    entering = Wire(Direction.INBOUND, received_ids=pod, span_ids="child").start()
+    entering.answer(entering.ask(WITH_CONTEXT, b"q"))
+    leaving = Wire(received_ids=pod, span_ids="child").start()
+    leaving.answer(leaving.ask(WITH_CONTEXT, b"q"))
+    elsewhere = Wire(span_ids="child").start()
+    elsewhere.answer(elsewhere.ask(WITH_CONTEXT, b"q"))
+
+    [served], [called], [other] = entering.records, leaving.records, elsewhere.records
+    assert served.parent_id == other.parent_id == 0xA2FB4A1D1A96D312
+    assert called.parent_id == served.span_id != served.parent_id
+
+
+def test_the_oldest_received_id_is_forgotten(monkeypatch):
+    monkeypatch.setattr(http2, "RECEIVED_IDS_MAX", 2)
+    ids = ReceivedIds()
+    for span_id in (1, 2, 3):
+        ids.add(span_id)
+    assert [span_id in ids for span_id in (1, 2, 3)] == [False, True, True]
 
 
 def test_inbound_without_context_becomes_a_root():

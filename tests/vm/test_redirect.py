@@ -5,13 +5,10 @@ workers. The client did not, so its requests come without a context.
 """
 
 import json
-import subprocess
-import sys
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import pytest
 from vm.conftest import (
@@ -30,17 +27,11 @@ from vm.conftest import (
     spans_of_port,
     wait_for,
 )
+from vm.redirect_peers import grpc_call, grpc_serving, init, spans_of_target
+from vm.test_connections import talking
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 ROOT_HEADERS = {"x-b3-traceid", "x-b3-spanid", "x-b3-sampled", "x-request-id"}
-PODSPAN = str(Path(sys.executable).with_name("podspan"))
-
-
-def init(pod: Pod, *argv: str) -> None:
-    done = subprocess.run(
-        pod.command(PODSPAN, "init", *argv), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def redirecting(agent: Agent, pod: Pod) -> bool:
@@ -149,78 +140,21 @@ def test_spans_have_the_ends_that_the_application_sees(redirect_agent: Agent) ->
 
 
 def test_what_is_no_http_is_traced_once(redirect_agent: Agent) -> None:
-    with serving(FRONT) as front:
+    def talk(sock: socket.socket) -> None:
+        assert sock.recv(100) == b"\0opaque"
+        sock.sendall(b"\0answer")
+        assert sock.recv(100) == b""
+
+    with talking(talk) as front:
         with connected(front) as sock:
-            sock.sendall(b"\x00\x01opaque\r\n\r\n")
-        wait_for(lambda: len(spans_of_port(redirect_agent, front)) == 2, "two halves")
-        redirect_agent.spans_of("/marker", front)
-        spans = [
-            s
-            for s in spans_of_port(redirect_agent, front)
-            if "http.url" not in s["tags"]
-        ]
+            sock.sendall(b"\0opaque")
+            assert sock.recv(100) == b"\0answer"
+        wait_for(lambda: len(spans_of_port(redirect_agent, front)) >= 2, "both halves")
+    with serving(FRONT) as marker:
+        redirect_agent.spans_of("/marker", marker)
+    spans = spans_of_port(redirect_agent, front)
     assert sorted(span["kind"] for span in spans) == ["CLIENT", "SERVER"]
-
-
-SERVE = """
-import sys, grpc, json
-from concurrent.futures import ThreadPoolExecutor
-
-class Echo(grpc.GenericRpcHandler):
-    def service(self, details):
-        return grpc.unary_unary_rpc_method_handler(self.echo)
-
-    def echo(self, request, context):
-        print(json.dumps(dict(context.invocation_metadata())), flush=True)
-        return request
-
-server = grpc.server(ThreadPoolExecutor(2), handlers=(Echo(),))
-print(server.add_insecure_port(sys.argv[1] + ":0"), flush=True)
-server.start()
-sys.stdin.read()
-server.stop(0).wait()
-"""
-CALL = """
-import sys, grpc
-with grpc.insecure_channel(sys.argv[1]) as channel:
-    call = channel.unary_unary("/podspan.Echo/Say")
-    for word in sys.argv[2:]:
-        assert call(word.encode(), timeout=60) == word.encode()
-"""
-
-
-@contextmanager
-def grpc_serving(pod: Pod) -> Iterator[tuple[str, IO[str]]]:
-    """The server's address, and the metadata of each call it gets, a line each."""
-    command = pod.command(sys.executable, "-c", SERVE, pod.ipv4)
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield f"{pod.ipv4}:{int(process.stdout.readline())}", process.stdout
-        finally:
-            process.stdin.close()
-
-
-def grpc_call(pod: Pod, target: str, *words: str) -> None:
-    command = pod.command(sys.executable, "-c", CALL, target, *words)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def spans_of_target(agent: Agent, target: str) -> list[Json]:
-    """All spans of connections to an address and port, by kind and time."""
-    address, port = target.split(":")
-    ends = {"CLIENT": "remoteEndpoint", "SERVER": "localEndpoint"}
-    found = [
-        span
-        for span in agent.all_spans()
-        if span[ends[span["kind"]]].get("ipv4") == address
-        and span[ends[span["kind"]]]["port"] == int(port)
-    ]
-    return sorted(found, key=lambda span: (span["kind"], span["timestamp"]))
+    assert all(span["name"].startswith("tcp:") for span in spans)
 
 
 def test_grpc_is_traced_call_by_call_at_both_ends_and_once(
