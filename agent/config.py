@@ -45,6 +45,25 @@ examples:
 
 
 @dataclass(frozen=True, slots=True)
+class StatusAddress:
+    """Where the status port is."""
+
+    host: str  # of IPv4 or IPv6, or a name
+    port: int
+    named: bool = True  # by the user
+
+    def __str__(self) -> str:
+        """Return it as it is written."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+# Istio has 15000 to 15021, 15053 and 15090, and had 15029 to 15032.
+STATUS_ADDRESS = StatusAddress("127.0.0.1", 15025, named=False)
+NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """How to run `podspan agent`. Without any output it prints trees."""
 
@@ -67,6 +86,7 @@ class Config:
     inbound_source: str  # one of INBOUND_SOURCES
     heartbeat_interval: float  # seconds
     guard_grace: float  # seconds; at least MISSED_BEATS intervals
+    status_address: StatusAddress | None
     log_level: str
     ready_file: str | None
 
@@ -118,6 +138,21 @@ def _seconds(least: float, most: float) -> Callable[[str], float]:
     return read
 
 
+def status_address(text: str) -> StatusAddress | None:
+    """Return the address of ADDR:PORT; None where it is `none` or empty.
+
+    Raises ValueError.
+    """
+    if text in ("", NONE):
+        return None
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    # As in a URL: else the end of an IPv6 address would be a port.
+    if not colon or (":" in bare) != host.startswith("[") or bare == "[":
+        raise ValueError("use ADDR:PORT, [IPV6]:PORT, or none")
+    return StatusAddress(bare or "0.0.0.0", _number(1, 65535)(port))
+
+
 def _percent(text: str) -> float:
     # Istio counts in hundredths of a percent, as Envoy does.
     if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,2})?", text) or float(text) > 100:
@@ -146,6 +181,8 @@ def _some_of(*words: str) -> Callable[[str], frozenset[str]]:
 
 def _shown(value: Any) -> Any:
     """Return a value as people write it."""
+    if isinstance(value, StatusAddress):
+        return str(value)
     return ",".join(sorted(value)) if isinstance(value, frozenset) else value
 
 
@@ -291,6 +328,14 @@ OPTIONS = (
         _seconds(0.3, 600),
         "redirect no new connection once the last heartbeat is older; at least "
         f"{MISSED_BEATS} intervals",
+    ),
+    Option(
+        "--status-address",
+        "ADDR:PORT",
+        STATUS_ADDRESS,
+        status_address,
+        "answer /healthz, /readyz, /metrics and podspan doctor here; :PORT is every "
+        "address, which probes and Prometheus need in a pod; none: nowhere",
     ),
     Option("--log-level", "L", "info", _one_of(*LOG_LEVELS), ", ".join(LOG_LEVELS)),
     Option(

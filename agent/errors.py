@@ -9,6 +9,7 @@ PodspanError
   RedirectError         carries the command and its stderr
     NotRedirected       a connection was tried, and the rules are not at work; exit 126
   ExportError           a place to put spans does not take them
+  StatusError           the status port cannot be had
 
 Only `podspan.agent.__main__` prints them and exits.
 """
@@ -69,3 +70,7 @@ class NotRedirected(RedirectError):
 
 class ExportError(PodspanError):
     """Spans cannot go where the user wants them."""
+
+
+class StatusError(PodspanError):
+    """The agent cannot tell of itself where the user wants it."""

@@ -20,16 +20,17 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from podspan.agent import version
 from podspan.agent.clock import Clock
 from podspan.agent.config import Config
-from podspan.agent.engine import KERNEL, plan_of
+from podspan.agent.engine import KERNEL, Plan, plan_of
 from podspan.agent.errors import FeatureMissing, NoPrivilege, UsageError
 from podspan.agent.exchange import Exchange, Role
 from podspan.agent.export import Exporter
@@ -40,12 +41,14 @@ from podspan.agent.kernel.enrol import Enrolment
 from podspan.agent.kernel.guard import Want
 from podspan.agent.kernel.options import Options
 from podspan.agent.kernel.state import Inherited
+from podspan.agent.metrics import PodStatus, Snapshot
 from podspan.agent.pods.kubernetes import cluster_of
 from podspan.agent.pods.names import ServiceNames
 from podspan.agent.pods.node import NodePods
 from podspan.agent.pods.pod import Pod
 from podspan.agent.pods.runtimes import GoProcesses
 from podspan.agent.span import Span, SpanOptions, span_of
+from podspan.agent.status import open_status
 from podspan.agent.steering import Steering
 from podspan.agent.tree import WIDTH
 
@@ -58,6 +61,7 @@ SELECT_S = 1.0
 GO_S = 1.0
 WORKERS_S = 0.1
 CLOCK_S = 1.0
+STATUS_S = 1.0
 LOSSES_S = 10.0
 
 # How long the exporters together may go on after the signal.
@@ -145,6 +149,10 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         options = SpanOptions(config.tags, config.max_path, not config.no_query)
         sink = Sink(names, clock, exporters, options)
         selection = Selection(names, config.netns)
+        state = _State()
+        status = open_status(config.status_address, state.read, state.is_ready)
+        if status is not None:
+            stack.callback(status.close)
         go = GoProcesses()
         tracer = stack.enter_context(
             open_tracer(
@@ -178,6 +186,20 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
             lambda: {**tracer.losses(), **exporters.losses(), **steering.losses()}
         )
         stack.callback(losses.sum_up)
+
+        def publish() -> None:
+            state.publish(
+                engine=node.engine,
+                engine_reason=node.reason,
+                selftest=tracer.fault or "",
+                exchanges=sink.exchanges,
+                spans=sink.spans,
+                pods=_pods(steering.plans, names),
+                losses=losses.read(),
+                exporters=exporters.counters(),
+                redirect=steering.counters(),
+            )
+
         tasks = [
             Periodic(config.heartbeat_interval, tracer.heartbeat),
             Periodic(EXPORT_TICK_S, exporters.tick),
@@ -187,10 +209,13 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
             Periodic(WORKERS_S, steering.poll),
             Periodic(GO_S, lambda: look_for_go(selection.netns)),
             Periodic(CLOCK_S, clock.refresh),
+            Periodic(STATUS_S, publish),
             Periodic(LOSSES_S, losses.report),
         ]
         tracer.heartbeat()
         steering.follow()
+        publish()
+        stack.callback(state.end)
         if ready_file:
             stack.enter_context(_ready(ready_file))
         _loop(stop, tracer, sink, tasks)
@@ -315,6 +340,9 @@ class _Exporters:
         for exporter in self._by_name.values():
             exporter.tick()
 
+    def counters(self) -> dict[str, dict[str, int]]:
+        return {name: each.counters() for name, each in self._by_name.items()}
+
     def losses(self) -> dict[str, int]:
         return {
             f"{name}_{reason}": counters[reason]
@@ -336,6 +364,50 @@ class _Exporters:
             for name, exporter in self._by_name.items()
             for key, value in exporter.counters().items()
         )
+
+
+class _State:
+    """What the status port tells; written by the loop, whole, read by any thread."""
+
+    def __init__(self) -> None:
+        self._ready = False
+        self._now = Snapshot(
+            version=version(),
+            kernel=platform.release(),
+            pid=os.getpid(),
+            started_s=time.time(),
+            updated_s=time.monotonic(),
+            engine="",
+            engine_reason="starting",
+            selftest="",
+        )
+
+    def read(self) -> Snapshot:
+        return self._now
+
+    def is_ready(self) -> bool:
+        return self._ready
+
+    def publish(self, **changes: Any) -> None:
+        """Everything is attached, and this has changed."""
+        self._now = replace(self._now, updated_s=time.monotonic(), **changes)
+        self._ready = True
+
+    def end(self) -> None:
+        """Nothing is attached any more."""
+        self._ready = False
+
+
+def _pods(plans: Mapping[int, Plan], names: ServiceNames) -> tuple[PodStatus, ...]:
+    """Return the plans with the pods' names, in the order of these."""
+    paths = names.paths()
+    found = []
+    for netns, plan in plans.items():
+        pod = names.pod(netns)
+        namespace = pod.namespace if pod else ""
+        name = pod.name if pod else paths[netns].name if netns in paths else ""
+        found.append(PodStatus(netns, namespace, name, plan.engine, plan.reason))
+    return tuple(sorted(found, key=lambda one: (one.namespace, one.name, one.netns)))
 
 
 class Selection:
@@ -378,12 +450,12 @@ class Losses:
     """Warns when a counter of losses has grown."""
 
     def __init__(self, read: Callable[[], dict[str, int]]) -> None:
-        self._read = read
+        self.read = read
         self._told: dict[str, int] = {}
 
     def report(self) -> None:
         """Log what was lost since the last report, and altogether."""
-        now = self._read()
+        now = self.read()
         grown = {
             reason: count - self._told.get(reason, 0)
             for reason, count in now.items()
@@ -395,7 +467,7 @@ class Losses:
 
     def sum_up(self) -> None:
         """Log all that was lost, if anything was."""
-        now = self._read()
+        now = self.read()
         if any(now.values()):
             log.warning("lost altogether: %s", _facts(now))
 

@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 from podspan.agent import config
-from podspan.agent.config import OPTIONS, Config, parse
+from podspan.agent.config import (
+    OPTIONS,
+    STATUS_ADDRESS,
+    Config,
+    StatusAddress,
+    parse,
+    status_address,
+)
 from podspan.agent.errors import UsageError
 
 DEFAULTS = Config(
@@ -27,6 +34,7 @@ DEFAULTS = Config(
     inbound_source="auto",
     heartbeat_interval=0.25,
     guard_grace=2.0,
+    status_address=STATUS_ADDRESS,
     log_level="info",
     ready_file=None,
 )
@@ -49,7 +57,7 @@ def test_flags():
     argv += ["--tags", "OTEL", "--max-path", "64", "--no-query"]
     argv += ["--heartbeat-interval", "0.5", "--guard-grace", "1.5"]
     argv += ["--engine", "redirect", "--redirect-workers", "2"]
-    argv += ["--inbound-source", "loopback"]
+    argv += ["--inbound-source", "loopback", "--status-address", "[::1]:9000"]
     assert parse(argv, {}) == Config(
         zipkin="http://z:9411",
         json="-",
@@ -70,6 +78,7 @@ def test_flags():
         inbound_source="loopback",
         heartbeat_interval=0.5,
         guard_grace=1.5,
+        status_address=StatusAddress("::1", 9000),
         log_level="debug",
         ready_file="r",
     )
@@ -198,3 +207,32 @@ def test_a_list_is_shown_as_it_is_written():
     config_ = parse(["--propagate", "tracecontext,b3"], {})
     assert "propagate='b3,tracecontext'" in config_.facts()
     assert "PODSPAN_PROPAGATE, b3multi]" in " ".join(config.help_text().split())
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("0.0.0.0:15025", StatusAddress("0.0.0.0", 15025)),
+        (":8080", StatusAddress("0.0.0.0", 8080)),
+        ("localhost:80", StatusAddress("localhost", 80)),
+        ("[::]:1", StatusAddress("::", 1)),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_a_status_address(text, address):
+    assert status_address(text) == address
+    assert parse(["--status-address", text], {}).status_address == address
+
+
+@pytest.mark.parametrize(
+    "text", ["15025", "::1", "a:b", "a:65536", "a:0", "[::1]", "[:1", "a:"]
+)
+def test_what_is_no_status_address_is_refused(text):
+    with pytest.raises(UsageError, match="--status-address"):
+        parse(["--status-address", text], {})
+
+
+def test_a_status_address_is_shown_as_it_is_written():
+    assert str(StatusAddress("::1", 9000)) == "[::1]:9000"
+    assert "status_address='127.0.0.1:15025'" in DEFAULTS.facts()

@@ -10,23 +10,29 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from podspan.agent import config, service
+from podspan.agent import config, service, status
+from podspan.agent.engine import Plan
 from podspan.agent.errors import (
     ExportError,
     FeatureMissing,
     KernelError,
     NoPrivilege,
+    StatusError,
     UsageError,
 )
 from podspan.agent.exchange import Exchange
 from podspan.agent.kernel.enrol import Enrolment
 from podspan.agent.kernel.state import Inherited
+from podspan.agent.metrics import PodStatus
 from podspan.agent.pods.names import ServiceNames
+from podspan.agent.pods.pod import pod_of
 from podspan.agent.service import Losses, Periodic, run
 from unit.kernel_struct import exchange_record
 
@@ -454,3 +460,59 @@ def test_the_command_as_a_process(tmp_path, number):
     assert agent.returncode == 0
     assert "Traceback" not in err
     assert not ready.exists()
+
+
+def test_the_status_port_says_what_the_loop_has_done(monkeypatch):
+    servers = []
+
+    def open_and_keep(*args):
+        server = status.open_status(*args)
+        assert server is not None
+        servers.append(server)
+        return server
+
+    def ask(path):
+        url = f"http://127.0.0.1:{servers[0].port}{path}"
+        with urllib.request.urlopen(url, timeout=20) as response:
+            return response.read().decode()
+
+    def on_enter():
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            ask("/readyz")
+
+    said = []
+
+    def look(tracer):
+        said.append(json.loads(ask("/status")))
+        return said[-1]["exchanges"] == 1
+
+    monkeypatch.setattr(service, "open_status", open_and_keep)
+    tracer = FakeTracer(finish(), until(look), on_enter=on_enter)
+    tracer.lost = {"ring_full": 3}
+    address = config.StatusAddress("127.0.0.1", 0)
+    run(replace(settings(), status_address=address), tracer)
+    assert said[0]["engine"] == "kernel"
+    assert said[-1]["spans"] == 1
+    assert said[-1]["losses"]["ring_full"] == 3
+    assert set(said[-1]["exporters"]) == {"tree"}
+    assert said[-1]["pid"] == os.getpid()
+    with pytest.raises(OSError, match="refused"):
+        ask("/status")
+
+
+def test_a_status_address_that_is_taken_is_said_before_anything_loads():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+        with pytest.raises(StatusError, match=address):
+            run(settings("--status-address", address), FakeTracer(on_enter=pytest.fail))
+
+
+def test_pods_are_told_with_their_plans(tmp_path):
+    pod = pod_of({"metadata": {"uid": "u", "name": "cart-0", "namespace": "shop"}})
+    assert pod is not None
+    names = ServiceNames(tmp_path, pods_by_netns=lambda: {7: pod})
+    plans = {9: Plan("off", "no", False), 7: Plan("kernel", "yes", True)}
+    assert service._pods(plans, names) == (
+        PodStatus(9, "", "", "off", "no"),
+        PodStatus(7, "shop", "cart-0", "kernel", "yes"),
+    )
