@@ -58,6 +58,10 @@ COMMANDS = {
         "guarded redirect rules in this network namespace",
         _main_of("podspan.init.command"),
     ),
+    "doctor": Command(
+        "what this node can do, and what its agent does",
+        _main_of("podspan.agent.doctor"),
+    ),
     "demo": Command(
         "start four services, trace them, print the trace",
         _main_of("podspan.agent.demo.command"),
@@ -81,6 +85,7 @@ def help_text() -> str:
         "  podspan demo",
         "  podspan agent --zipkin http://zipkin.istio-system:9411",
         "  podspan init plan",
+        "  sudo podspan doctor",
     ]
     return "\n".join(lines)
 
