@@ -57,6 +57,7 @@ ANSWER_S: Final = 5.0
 ANSWER_BYTES: Final = 16 * 1024 * 1024
 COMMAND_S: Final = 10.0
 TRIAL_CONNECTIONS: Final = 64
+SELF_TEST_NEEDS: Final = ("root", "btf", "cgroup", "bcc")  # checks
 
 EXAMPLES: Final = """\
 examples:
@@ -117,6 +118,7 @@ class Facts:
     silence: str  # why it did not
     now_s: float  # since 1970
     selftest: str | PodspanError | None = None  # "": passed; None: not run
+    untried: str = ""  # why not, where it was asked for
 
 
 Check = Callable[[Facts], Finding | None]
@@ -138,9 +140,7 @@ def _privilege(facts: Facts) -> Finding:
             f"root, but without {', '.join(missing)}",
             "the container needs securityContext: privileged: true",
         )
-    return Finding(
-        "root", Level.OK, "root, with the capabilities that the agent uses"
-    )
+    return Finding("root", Level.OK, "root, with the capabilities that the agent uses")
 
 
 def _kernel(facts: Facts) -> Finding:
@@ -251,6 +251,8 @@ def _queue(facts: Facts) -> Finding:
 
 
 def _selftest(facts: Facts) -> Finding | None:
+    if facts.untried:
+        return Finding("self-test", Level.WARN, f"not run: {facts.untried}")
     if facts.selftest is None:
         return None
     if isinstance(facts.selftest, PodspanError):
@@ -599,21 +601,25 @@ def main(argv: Sequence[str]) -> int:
     facts = look(_address(arguments.address, os.environ), os.environ)
     findings = examine(facts)
     if arguments.self_test:
-        facts = replace(facts, selftest=_may_try(facts, findings))
+        facts = _with_self_test(facts, findings)
         findings = examine(facts)
     text = as_json(facts, findings) if arguments.json else as_text(facts, findings)
     sys.stdout.write(text)
     return int(any(finding.level is Level.FAIL for finding in findings))
 
 
-def _may_try(facts: Facts, findings: Sequence[Finding]) -> str | PodspanError | None:
-    """Try where it makes sense: an agent has done it, and told the result."""
+def _with_self_test(facts: Facts, findings: Sequence[Finding]) -> Facts:
+    """Run it where it makes sense."""
     if facts.agent is not None or facts.holder is not None:
-        return None
-    needed = {"root", "btf", "cgroup", "bcc"}
-    if any(f.level is Level.FAIL and f.name in needed for f in findings):
-        return None
-    return try_kernel_engine()
+        return replace(facts, untried="an agent runs, and has done it when it started")
+    missing = [
+        finding.name
+        for finding in findings
+        if finding.level is Level.FAIL and finding.name in SELF_TEST_NEEDS
+    ]
+    if missing:
+        return replace(facts, untried=f"repair first: {', '.join(missing)}")
+    return replace(facts, selftest=try_kernel_engine())
 
 
 def as_json(facts: Facts, findings: Sequence[Finding]) -> str:
