@@ -186,17 +186,15 @@ def _read_head(connection: socket.socket) -> bytes:
     """Return a head; raise OSError where none comes, or not in time, or too long."""
     deadline_s = time.monotonic() + TIMEOUT_S
     head = b""
-    while len(head) < HEAD_BYTES and not _is_whole(head):
+    while not _is_whole(head):
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("a request's head did not come in time")
         connection.settimeout(left_s)
         part = connection.recv(HEAD_BYTES - len(head))
-        if not part:
-            raise ConnectionError("no whole head came")
+        if not part:  # the end, or no room
+            raise ConnectionError(f"no whole head within {HEAD_BYTES} bytes")
         head += part
-    if not _is_whole(head):
-        raise ConnectionError(f"a head of more than {HEAD_BYTES} bytes")
     return head
 
 

@@ -476,18 +476,24 @@ def test_the_status_port_says_what_the_loop_has_done(monkeypatch):
         with urllib.request.urlopen(url, timeout=20) as response:
             return response.read().decode()
 
-    def on_enter():
+    def expect_not_ready():
         with pytest.raises(urllib.error.HTTPError, match="503"):
             ask("/readyz")
+
+    class ExitingTracer(FakeTracer):
+        def __exit__(self, *exc):
+            expect_not_ready()
+            super().__exit__(*exc)
 
     said = []
 
     def look(tracer):
+        assert ask("/readyz") == "ready\n"
         said.append(json.loads(ask("/status")))
         return said[-1]["exchanges"] == 1
 
     monkeypatch.setattr(service, "open_status", open_and_keep)
-    tracer = FakeTracer(finish(), until(look), on_enter=on_enter)
+    tracer = ExitingTracer(finish(), until(look), on_enter=expect_not_ready)
     tracer.lost = {"ring_full": 3}
     address = config.StatusAddress("127.0.0.1", 0)
     run(replace(settings(), status_address=address), tracer)
