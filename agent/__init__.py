@@ -9,8 +9,8 @@ sends it away.
     context.py    a head's trace context: b3.py,     service.py   the loop
                   traceparent.py, ids.py             config.py    flags, variables
     http_head.py  the head of a message              errors.py    what can go wrong
-    clock.py      the kernel's clock -> the world's    doctor.py  what a node lacks
-    metrics.py    what the agent tells of itself     status.py  to whom, by HTTP
+    clock.py      the kernel's clock -> the world's  doctor.py    what a node lacks
+    metrics.py    what it says of itself             status.py    to whom, by HTTP
 """
 
 

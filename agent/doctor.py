@@ -560,7 +560,8 @@ def ask(address: StatusAddress | None) -> tuple[Mapping[str, Any] | None, str]:
     connection = HTTPConnection(host, address.port, timeout=ANSWER_S)
     try:
         connection.request("GET", "/status")
-        said = json.loads(connection.getresponse().read(ANSWER_BYTES))
+        with connection.getresponse() as response:
+            said = json.loads(response.read(ANSWER_BYTES))
     except OSError as exc:
         return None, f"{address}: {exc.strerror or exc}"
     except (HTTPException, ValueError, RecursionError):
