@@ -52,6 +52,14 @@ BPF_PERCPU_ARRAY(walks, struct walk, 1);
 BPF_HASH(receives, u64, struct receive, MAX_THREADS);
 BPF_PROG_ARRAY(bytes_steps, 2);
 
+/* An HTTP/2 server need not wait for its client's preface: its first frame is SETTINGS, of
+ * no stream and no acknowledgement (RFC 9113 sections 3.4, 4.1 and 6.5). */
+static inline int is_http2_settings(struct walk *w)
+{
+	return w->cursor == 1 && w->limit >= 9 && !w->piece[0] && w->piece[3] == 4 &&
+	       !w->piece[4] && !w->piece[5] && !w->piece[6] && !w->piece[7] && !w->piece[8];
+}
+
 static inline void find_buffers(struct buffers *b, void *msg)
 {
 	void *iter = msg + OFFSET(msghdr, msg_iter);
@@ -367,6 +375,8 @@ int bytes_walk(struct pt_regs *ctx)
 	} else if (s->state == SCAN_OPAQUE) {
 		if (!w->is_response)
 			note_http2(c);
+		else if (!c->heads && !c->old && s->head_bytes == 1 && is_http2_settings(w))
+			note_http2_port(c);
 		forsake(c, w->is_response ? LOSS_RESPONSE_UNPARSED :
 					    LOSS_REQUEST_UNPARSED);
 		if (c->tcp == TCP_WANTED)

@@ -184,22 +184,27 @@ static inline int is_method(const u8 *method, u64 word)
 	return *(u64 *)method == word;
 }
 
-/* Its first bytes are no HTTP/1 request. Are they HTTP/2's preface (RFC 9113 section 3.4)?
- * The last byte of "PRI * HTTP/2" is then where the scanner stopped. */
-static inline void note_http2(struct connection *c)
+static inline void note_http2_port(struct connection *c)
 {
 	struct http2_key key = {};
 	u8 yes = 1;
 
-	if (c->heads || c->old || c->scan[REQUEST].head_bytes != 12 ||
-	    !is_method(c->request.text.method, TEXT8('P', 'R', 'I', 0, 0, 0, 0, 0)) ||
-	    *(u16 *)c->request.text.target != '*')
-		return;
 	key.netns = c->netns;
 	key.port = c->role == ROLE_SERVER ? c->local_port : c->peer_port;
 	key.role = c->role;
 	if (http2_seen.update(&key, &yes))
 		lose(LOSS_HTTP2_PORTS_FULL);
+}
+
+/* Its first bytes are no HTTP/1 request. Are they HTTP/2's preface (RFC 9113 section 3.4)?
+ * The last byte of "PRI * HTTP/2" is then where the scanner stopped. */
+static inline void note_http2(struct connection *c)
+{
+	if (c->heads || c->old || c->scan[REQUEST].head_bytes != 12 ||
+	    !is_method(c->request.text.method, TEXT8('P', 'R', 'I', 0, 0, 0, 0, 0)) ||
+	    *(u16 *)c->request.text.target != '*')
+		return;
+	note_http2_port(c);
 }
 
 /* A response's head is complete; `left` bytes of what passes now follow it. */

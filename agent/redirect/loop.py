@@ -1,7 +1,7 @@
 """The event loop of a worker: epoll, timers, and sockets closed at a safe moment.
 
-Not asyncio: a transport that pauses reading leaves epoll and so sees no RST, one that
-closes cannot choose between FIN and RST, and a socket cannot be lent to the kernel.
+Not asyncio: a transport that pauses reading leaves epoll and so sees no RST, and one
+that closes cannot choose between FIN and RST.
 """
 
 from __future__ import annotations

@@ -2,13 +2,17 @@
 
 UP is connected as soon as DOWN is accepted: a server that speaks first is heard
 without a wait, and a refused connection is known at once. Until DOWN's first bytes
-tell the protocol they are held back; where UP speaks first, it is none that we know.
+tell the protocol they are held back; where UP speaks first, it is none that we know,
+or HTTP/2.
 
 What an end of a direct connection would see, both ends see through the relay:
     data       every byte, in order; a slow reader stops the other side's reading
     FIN        behind the data, each way for itself
     RST        behind what had arrived before it, as a kernel's receive queue gives it
-    no server  RST, because the application's connect(2) has already succeeded
+    no server  RST, where the application's connect(2) has already succeeded (gate.py)
+
+Bytes are copied. The kernel could carry opaque streams by sockmap, but would buffer
+without limit and let FIN overtake data: tests/netns/test_redirect_splice.py.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
-from typing import Final, Protocol
+from typing import Final
 
 from podspan.agent.redirect import sockets
 from podspan.agent.redirect.layer import (
@@ -38,7 +42,7 @@ from podspan.agent.redirect.layer import (
 )
 from podspan.agent.redirect.loop import Loop, Timer
 from podspan.agent.redirect.sniff import Protocol as Spoken
-from podspan.agent.redirect.sniff import sniff
+from podspan.agent.redirect.sniff import may_be_http2_server, sniff
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,9 @@ READ_MAX: Final = 256 << 10
 # Above the first the other side is not read, below the second it is again.
 HIGH_WATER: Final = 256 << 10
 LOW_WATER: Final = 64 << 10
+
+# An HTTP/2 server's SETTINGS, and what it may send along, before the client speaks.
+HELD_UP_MAX: Final = 64 << 10
 
 # A layer answers what a side sends (HTTP/2's pings); who does not read the answers
 # is not read either.
@@ -61,20 +68,6 @@ _TROUBLE: Final = EPOLLERR | EPOLLHUP
 _FOR_EVER: Final = -1
 
 
-class Splicer(Protocol):
-    """Lets the kernel carry bytes between two sockets; they stay the relay's.
-
-    FIN and RST are still the relay's to see and to pass on, and bytes that it still
-    receives it still sends.
-    """
-
-    def join(self, down: socket.socket, up: socket.socket) -> bool:
-        """Begin; called with nothing buffered either way. False: cannot."""
-
-    def part(self, down: socket.socket, up: socket.socket) -> None:
-        """Forget the sockets, which will be closed."""
-
-
 @dataclass(slots=True)
 class Shared:
     """What the connections of a worker have in common."""
@@ -84,7 +77,6 @@ class Shared:
     closed: Callable[[Relay], None]
     finished: Callable[[Relay, StreamRecord], None]
     sniff_wait_s: float
-    splicer: Splicer | None = None
     buffer: memoryview = field(default_factory=lambda: memoryview(bytearray(READ_MAX)))
 
 
@@ -136,11 +128,11 @@ class Relay:
         "_closed",
         "_down",
         "_held",
+        "_held_up",
         "_layer",
         "_resetting",
         "_shared",
         "_sniff_timer",
-        "_spliced",
         "_up",
         "context",
     )
@@ -165,9 +157,9 @@ class Relay:
         self._down.other, self._up.other = self._up, self._down
         self._layer: Layer | None = None
         self._held: bytes | None = b""  # DOWN's first bytes; None: protocol is known
+        self._held_up = b""  # UP's, where it speaks first as HTTP/2 servers may
         self._sniff_timer: Timer | None = None
         self._resetting = False
-        self._spliced = False
         self._closed = False
 
     @property
@@ -292,19 +284,24 @@ class Relay:
             if self._layer is not None:
                 self._carry_out(self._layer.received(end.side, data))
             return
-        if end.side is Side.UP:
-            self._shared.counters["server_first"] += 1
-            self._begin(Spoken.OPAQUE)
-            self._send(end.other, data)
-            return
-        self._held += data
-        spoken = sniff(self._held)
+        spoken = self._speaks(end.side, data)
         if spoken is not None:
             self._begin(spoken)
         elif self._sniff_timer is None:
             self._sniff_timer = self._shared.loop.after(
                 self._shared.sniff_wait_s, self._sniffed_enough
             )
+
+    def _speaks(self, side: Side, data: bytes) -> Spoken | None:
+        """Hold first bytes back until they tell the protocol."""
+        if side is Side.DOWN:
+            self._held = (self._held or b"") + data
+            return sniff(self._held)
+        self._held_up += data
+        if may_be_http2_server(self._held_up) and len(self._held_up) <= HELD_UP_MAX:
+            return None
+        self._shared.counters["server_first"] += 1
+        return Spoken.OPAQUE
 
     def _sniffed_enough(self) -> None:
         self._sniff_timer = None
@@ -316,13 +313,18 @@ class Relay:
         if self._sniff_timer is not None:
             self._sniff_timer.cancel()
             self._sniff_timer = None
-        held, self._held = self._held, None
+        held, self._held = self._held or b"", None
+        held_up, self._held_up = self._held_up, b""
         self._layer = self._choose(self, spoken)
         if self._layer is None:
             self._down.skip = self._up.skip = _FOR_EVER
-            self._send(self._up, held or b"")
-        elif held:
+            self._send(self._up, held)
+            self._send(self._down, held_up)
+            return
+        if held:
             self._carry_out(self._layer.received(Side.DOWN, held))
+        if held_up and not self._closed:
+            self._carry_out(self._layer.received(Side.UP, held_up))
 
     def _ended(self, end: _End) -> None:
         if self._held is not None:
@@ -449,7 +451,7 @@ class Relay:
     # After each step
 
     def _settle(self) -> None:
-        """Bring epoll, the layer and the splicer to where the buffers are."""
+        """Bring epoll and the layer to where the buffers are."""
         self._tell_drained()
         down, up = self._down, self._up
         if self._closed:
@@ -464,7 +466,6 @@ class Relay:
             end.full = size > HIGH_WATER or (end.full and size >= LOW_WATER)
         for end in (down, up):
             self._register(end, self._wanted(end))
-        self._try_to_splice()
 
     def _tell_drained(self) -> None:
         layer = self._layer
@@ -513,16 +514,6 @@ class Relay:
             loop.modify(fd, events)
         end.events = events
 
-    def _try_to_splice(self) -> None:
-        splicer = self._shared.splicer
-        if splicer is None or self._spliced:
-            return
-        down, up = self._down, self._up
-        if down.skip == up.skip == _FOR_EVER and not (
-            down.out or up.out or down.ended or up.ended or up.connecting
-        ):
-            self._spliced = splicer.join(down.sock, up.sock)
-
     def _close(self) -> None:
         """Close both sockets; that sends RST, unless they have ended in order."""
         if self._closed:
@@ -530,8 +521,6 @@ class Relay:
         self._closed = True
         if self._sniff_timer is not None:
             self._sniff_timer.cancel()
-        if self._spliced and self._shared.splicer is not None:
-            self._shared.splicer.part(self._down.sock, self._up.sock)
         for end in (self._down, self._up):
             self._register(end, None)
             self._shared.loop.close(end.sock)

@@ -21,6 +21,11 @@ class Protocol(Enum):
 # RFC 9113 section 3.4: every HTTP/2 client speaks these bytes first.
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
+# Of a frame's head (RFC 9113 section 4.1), all but the length: a server's first frame
+# is SETTINGS, which is no acknowledgement and of no stream (sections 3.4 and 6.5).
+_FRAME_HEAD = 9
+_SETTINGS = b"\x04\0\0\0\0\0"
+
 # As agent/http_head.py: a method of at most 16 token characters and a space; behind PRI
 # also the byte that the preface has not there. Empty lines may come before it (RFC
 # 9112 section 2.2); http1.py does not wait with them.
@@ -43,3 +48,12 @@ def sniff(first: bytes) -> Protocol | None:
     if HTTP2_PREFACE.startswith(first) or _MAY_BECOME_HTTP1.fullmatch(first):
         return None
     return Protocol.HTTP1 if _HTTP1.match(first) else Protocol.OPAQUE
+
+
+def may_be_http2_server(first: bytes) -> bool:
+    """Say whether HTTP/2 servers may begin so; they need not wait for the client.
+
+    No other protocol that speaks first is known to.
+    """
+    head = first[3:_FRAME_HEAD]
+    return first[:1] in {b"", b"\0"} and _SETTINGS.startswith(head)

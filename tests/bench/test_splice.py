@@ -191,7 +191,6 @@ def serve(down, up):
         loop=loop,
         counters=Counter(),
         closed=lambda relay: None,
-        unreachable=lambda relay, error: None,
         finished=lambda relay, record: None,
         sniff_wait_s=1.0,
     )

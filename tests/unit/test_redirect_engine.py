@@ -133,15 +133,13 @@ def test_a_worker_that_does_not_end_in_time_is_killed(engine_of, monkeypatch):
 class Relays:
     """A worker's loop in a thread, relaying to an echo server."""
 
-    def __init__(self, choose, splicer=None):
+    def __init__(self, choose):
         self.loop = Loop()
         self.counters: Counter[str] = Counter()
         self.open = 0
         self.rounds = 0  # of the loop
         self._choose = choose
-        self._shared = Shared(
-            self.loop, self.counters, self._closed, print, 1.0, splicer
-        )
+        self._shared = Shared(self.loop, self.counters, self._closed, print, 1.0)
 
     def run(self):
         def over():
@@ -162,9 +160,9 @@ class Relays:
 
 
 @contextmanager
-def relayed(choose, connections, splicer=None):
+def relayed(choose, connections):
     """Yield clients of as many relayed connections, the servers' ends, the relays."""
-    relays = Relays(choose, splicer)
+    relays = Relays(choose)
     with (
         socket.create_server(("127.0.0.1", 0)) as front,
         socket.create_server(("127.0.0.1", 0)) as back,
@@ -204,32 +202,6 @@ def test_a_fault_in_one_connection_costs_that_one(caplog):
         assert servers[1].recv(6, socket.MSG_WAITALL) == b"\0hello"
 
     assert relays.counters["connections_crashed"] == 1
-
-
-class Recorder:
-    """A splicer that says yes, and does nothing."""
-
-    def __init__(self):
-        self.said = []
-
-    def join(self, down, up):
-        self.said.append(("join", down.fileno() >= 0, up.fileno() >= 0))
-        return True
-
-    def part(self, down, up):
-        self.said.append(("part", down.fileno() >= 0, up.fileno() >= 0))
-
-
-def test_an_opaque_connection_is_given_to_the_splicer_once_and_taken_back():
-    splicer = Recorder()
-    with relayed(lambda *_: None, 1, splicer) as ([client], [server], _):
-        for _ in range(3):
-            client.sendall(b"\0")
-            assert server.recv(1) == b"\0"
-            server.sendall(b"\0")
-            assert client.recv(1) == b"\0"
-
-    assert splicer.said == [("join", True, True), ("part", True, True)]
 
 
 def test_a_reset_is_seen_while_its_data_waits_for_a_slow_reader():

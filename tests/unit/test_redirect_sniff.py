@@ -4,7 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from podspan.agent.http_head import MalformedHead, parse_request
-from podspan.agent.redirect.sniff import HTTP2_PREFACE, Protocol, sniff
+from podspan.agent.redirect.sniff import (
+    HTTP2_PREFACE,
+    Protocol,
+    may_be_http2_server,
+    sniff,
+)
 
 HTTP1, HTTP2, OPAQUE = Protocol.HTTP1, Protocol.HTTP2, Protocol.OPAQUE
 
@@ -79,3 +84,24 @@ def test_a_verdict_is_final_and_agrees_with_the_strict_parser(start, rest):
     except MalformedHead:
         may_be_http1 = False
     assert (decided[0] is HTTP1) == may_be_http1
+
+
+@pytest.mark.parametrize("length", [0, 6, 18, 36])
+def test_a_server_of_http2_may_speak_first(length):
+    first = length.to_bytes(3, "big") + b"\x04\0\0\0\0\0" + bytes(length)
+    assert all(may_be_http2_server(first[:end]) for end in range(len(first) + 1))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"220 mail ESMTP",
+        b"SSH-2.0-OpenSSH",
+        b"J\0\0\0\n8.0.36\0",  # MySQL: length, number, version
+        b"\0\0\x06\x04\x01\0\0\0\0",  # the acknowledgement of SETTINGS
+        b"\0\0\x06\x04\0\0\0\0\x01",  # of a stream
+        b"\0\0\x08\x06\0\0\0\0\0",  # PING
+    ],
+)
+def test_other_servers_that_speak_first_are_no_http2(first):
+    assert not may_be_http2_server(first)

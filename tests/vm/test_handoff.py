@@ -463,8 +463,13 @@ class TestRoot:
 
 
 class TestHttp2:
-    def test_both_ends_and_the_port_are_noted(self, tracing: Tracing) -> None:
+    @pytest.mark.parametrize("server_first", [False, True])
+    def test_both_ends_and_the_port_are_noted(
+        self, tracing: Tracing, server_first: bool
+    ) -> None:
         with pair() as ends:
+            if server_first:
+                ends.answer(b"\0\0\x06\x04\0\0\0\0\0" + bytes(6))
             ends.pass_on(PREFACE)
             port = ends.of_client.peer_port
         assert {

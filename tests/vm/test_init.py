@@ -148,7 +148,7 @@ def test_apply_redirect_reapply_clean(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    wanted = Redirection(guard=guard, drop_invalid=True)
+    wanted = Redirection(guard=guard, gate=False, drop_invalid=True)
     manner = Manner(need_source=True, variant=variant)
     with CLIENT.inside():
         assert apply.apply(wanted, manner) == tuple(Family)
