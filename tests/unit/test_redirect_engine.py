@@ -22,6 +22,8 @@ from podspan.agent.redirect.engine import (
 )
 from podspan.agent.redirect.loop import Loop
 from podspan.agent.redirect.relay import Relay, Shared
+from podspan.agent.redirect.sniff import HTTP2_PREFACE
+from podspan.agent.redirect.sniff import Protocol as Spoken
 from podspan.agent.redirect.sockets import prepare_accepted, unacknowledged
 
 DEADLINE_S = 20
@@ -202,6 +204,37 @@ def test_a_fault_in_one_connection_costs_that_one(caplog):
         assert servers[1].recv(6, socket.MSG_WAITALL) == b"\0hello"
 
     assert relays.counters["connections_crashed"] == 1
+
+
+SETTINGS = b"\0\0\x06\x04\0\0\0\0\0" + bytes(6)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "spoken"),
+    [
+        (SETTINGS, HTTP2_PREFACE, Spoken.HTTP2),
+        (SETTINGS, b"GET / HTTP/1.1\r\n", Spoken.HTTP1),
+        (SETTINGS, b"\0", Spoken.OPAQUE),
+        (b"220 ready\r\n", b"HELO a\r\n", Spoken.OPAQUE),
+    ],
+)
+def test_a_server_that_speaks_first_may_speak_http2(first, then, spoken):
+    chosen: list[Spoken] = []
+    with relayed(lambda _, each: chosen.append(each), 1) as ([client], [server], _):
+        server.sendall(first)
+        if first is not SETTINGS:
+            assert client.recv(len(first), socket.MSG_WAITALL) == first
+        client.sendall(then)
+        assert server.recv(len(then), socket.MSG_WAITALL) == then
+        if first is SETTINGS:
+            assert client.recv(len(first), socket.MSG_WAITALL) == first
+    assert chosen == [spoken]
+
+
+def test_a_server_that_might_speak_http2_waits_for_its_client_so_long():
+    with relayed(lambda *_: None, 1) as ([client], [server], _):
+        server.sendall(SETTINGS)
+        assert client.recv(len(SETTINGS), socket.MSG_WAITALL) == SETTINGS
 
 
 def test_a_reset_is_seen_while_its_data_waits_for_a_slow_reader():
