@@ -52,14 +52,6 @@ BPF_PERCPU_ARRAY(walks, struct walk, 1);
 BPF_HASH(receives, u64, struct receive, MAX_THREADS);
 BPF_PROG_ARRAY(bytes_steps, 2);
 
-/* An HTTP/2 server need not wait for its client's preface: its first frame is SETTINGS, of
- * no stream and no acknowledgement (RFC 9113 sections 3.4, 4.1 and 6.5). */
-static inline int is_http2_settings(struct walk *w)
-{
-	return w->cursor == 1 && w->limit >= 9 && !w->piece[0] && w->piece[3] == 4 &&
-	       !w->piece[4] && !w->piece[5] && !w->piece[6] && !w->piece[7] && !w->piece[8];
-}
-
 static inline void find_buffers(struct buffers *b, void *msg)
 {
 	void *iter = msg + OFFSET(msghdr, msg_iter);
@@ -99,16 +91,40 @@ static inline void find_buffers(struct buffers *b, void *msg)
 	b->readable = 1;
 }
 
+/* A server speaks first. HTTP/2's need not wait for the preface: their first frame is
+ * SETTINGS, of no stream and no acknowledgement (RFC 9113 sections 3.4, 4.1 and 6.5). */
+static inline void note_http2_server(struct connection *c, struct walk *w)
+{
+	struct iov first = {};
+	u8 head[16] = {};
+
+	if (!w->buffers.readable || w->ignore || c->old)
+		return;
+	first.base = w->buffers.base;
+	first.length = w->buffers.length;
+	if (!first.length && w->buffers.count)
+		bpf_probe_read_kernel(&first, sizeof(first), (void *)w->buffers.vector);
+	if (first.length < 9 || w->left < 9)
+		return;
+	bpf_probe_read_user(head, 9, (void *)first.base);
+	if (!head[0] && head[3] == 4 && !head[4] && !head[5] && !head[6] && !head[7] &&
+	    !head[8] && (head[1] || head[2] % 6 == 0))
+		note_http2_port(c);
+}
+
 /* Take `left` bytes, the first `ignore` of which were seen before. */
 static inline void take(struct pt_regs *ctx, struct connection *c, struct walk *w,
 			int is_response)
 {
 	w->is_response = is_response;
 	w->key = c->sock;
-	if (message_begins(c, is_response, w->now_ns))
+	if (message_begins(c, is_response, w->now_ns)) {
 		bytes_steps.call(ctx, STEP_WALK);
-	else if (c->tcp == TCP_WANTED)
+	} else if (c->tcp == TCP_WANTED) {
+		if (is_response)
+			note_http2_server(c, w);
 		tcp_begins(c, w->thread, w->now_ns);
+	}
 }
 
 static inline void sends(struct pt_regs *ctx, void *sk, void *msg, u64 size)
@@ -375,8 +391,6 @@ int bytes_walk(struct pt_regs *ctx)
 	} else if (s->state == SCAN_OPAQUE) {
 		if (!w->is_response)
 			note_http2(c);
-		else if (!c->heads && !c->old && s->head_bytes == 1 && is_http2_settings(w))
-			note_http2_port(c);
 		forsake(c, w->is_response ? LOSS_RESPONSE_UNPARSED :
 					    LOSS_REQUEST_UNPARSED);
 		if (c->tcp == TCP_WANTED)
