@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 
 import pytest
-from podspan.init import apply, routing, validate
+from podspan.init import apply, plan, routing, validate
 from podspan.init.apply import VARIANTS, Manner
 from podspan.init.plan import (
     AGENT_MARK,
@@ -166,7 +166,9 @@ def test_apply_redirect_reapply_clean(
     with CLIENT.inside():
         caplog.clear()
         apply.apply(wanted, manner)
-        assert caplog.text.count("in place already") == 2
+        assert caplog.text.count("in place of other rules") == 2
+        for family in Family:
+            assert VARIANTS[variant].holds(family, plan.plan(wanted, family))
         apply.clean()
         for family in Family:
             assert VARIANTS[variant].holds(family, ())
