@@ -181,6 +181,7 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
             tracer.select(netns)
 
         steering = Steering(config, tracer, names, lambda: selection.netns, sink.take)
+        stack.callback(sink.hand_over)  # of what workers report at their end
         stack.callback(steering.close)
         losses = Losses(
             lambda: {**tracer.losses(), **exporters.losses(), **steering.losses()}

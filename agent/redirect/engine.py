@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -40,6 +41,10 @@ STEADY_S: Final = 10.0
 
 # From the end of a drain, which resets what is left, to the kill.
 EXIT_S: Final = 2.0
+
+
+# Of a worker: two for each of 32,000 connections.
+DESCRIPTORS: Final = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +156,7 @@ class RedirectEngine:
         self._warned: dict[int, str] = {}
         self._no_gate = False
         self._counters: Counter[str] = Counter()
+        _allow_descriptors()
         self._slots = [_Slot() for _ in range(workers)]
         for slot in self._slots:
             self._start(slot)
@@ -380,3 +386,13 @@ class RedirectEngine:
             worker.process.wait(max(0.0, deadline_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             worker.process.kill()
+
+
+def _allow_descriptors() -> None:
+    """Raise the limit up to which workers, which inherit it, raise their own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS:
+        with suppress(
+            OSError, ValueError
+        ):  # fs.nr_open is less, or no CAP_SYS_RESOURCE
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, DESCRIPTORS))

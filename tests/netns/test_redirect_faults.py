@@ -439,9 +439,10 @@ def resident(pid):
 
 @contextmanager
 def many_descriptors():
-    """As many as this process may have."""
+    """As many as two ends of each idle connection need."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    enough = max(before[1], 2 * IDLE + 1000)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (enough, enough))
     try:
         yield
     finally:

@@ -34,8 +34,8 @@ from netns.redirect_fixtures import (
 from netns.redirect_pods import podspan
 from podspan.agent.redirect.engine import WorkerOptions
 
-# Megabytes each way; PODSPAN_TEST_TRANSFER_MB=1024 is a gigabyte.
-TRANSFER = int(os.environ.get("PODSPAN_TEST_TRANSFER_MB", "64")) << 20
+# Each way. Fewer megabytes are for who waits.
+TRANSFER = int(os.environ.get("PODSPAN_TEST_TRANSFER_MB", "1024")) << 20
 BLOCK = 1 << 20
 SMTP_PORT = 25
 

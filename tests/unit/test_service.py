@@ -34,6 +34,7 @@ from podspan.agent.metrics import PodStatus
 from podspan.agent.pods.names import ServiceNames
 from podspan.agent.pods.pod import pod_of
 from podspan.agent.service import Losses, Periodic, run
+from podspan.agent.steering import Steering
 from unit.kernel_struct import exchange_record
 
 OWN_NETNS = Path("/proc/self/ns/net")
@@ -328,6 +329,17 @@ def test_version_and_configuration_are_logged_first(caplog):
     assert "max_connections=16384" in caplog.messages[1]
     assert "engine=kernel reason='self-test passed'" in caplog.messages[2]
     assert caplog.messages[-1].startswith("ended: exchanges=0 spans=0")
+
+
+def test_what_workers_report_at_their_end_is_exported(tmp_path, monkeypatch):
+    class Ending(Steering):
+        def close(self):
+            self._on_exchange(Exchange.from_kernel(exchange_record()))
+
+    monkeypatch.setattr(service, "Steering", Ending)
+    out = tmp_path / "spans"
+    run(settings("--json", str(out)), FakeTracer())
+    assert len(read(out)) == 1
 
 
 def test_a_kernel_engine_that_fails_its_test_is_refused_where_it_was_asked_for():
