@@ -180,6 +180,12 @@ class PodWatch:
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        finally:
+            self._http.clear()
+
+    def _follow(self) -> None:
         backoff_s = self._first_backoff_s
         gone_before = False
         while not self._stop.is_set():

@@ -505,6 +505,13 @@ def test_a_malformed_annotation_is_said_once_per_value(server, caplog):
     ]
 
 
+def test_close_leaves_no_connection(server):
+    with watching(server.cluster) as watch:
+        until_watched(server)
+        assert len(watch._http.pools) == 1
+    assert len(watch._http.pools) == 0
+
+
 def test_close_of_a_watch_that_waits_takes_no_time(server):
     with watching(server.cluster) as watch:
         until_watched(server)
