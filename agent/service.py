@@ -105,7 +105,7 @@ class Tracer(Protocol):
     def handoff_fds(self) -> tuple[int, int, int]:
         """Return the descriptors that redirect workers inherit."""
 
-    def http2_ports(self) -> frozenset[tuple[int, int, Role]]:
+    def http2_ports(self, netns: frozenset[int]) -> frozenset[tuple[int, int, Role]]:
         """Return where HTTP/2 was seen: namespace, called port, our role."""
 
     def losses(self) -> dict[str, int]:

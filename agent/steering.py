@@ -54,8 +54,8 @@ class Kernel(Protocol):
     def redirect(self, netns: int, wants: frozenset[Want]) -> None:
         """Redirect these connections of a namespace, and no others."""
 
-    def http2_ports(self) -> frozenset[tuple[int, int, Role]]:
-        """Return where HTTP/2 was seen."""
+    def http2_ports(self, netns: frozenset[int]) -> frozenset[tuple[int, int, Role]]:
+        """Return where in these namespaces HTTP/2 was seen; forget all others."""
 
     def handoff_fds(self) -> tuple[int, int, int]:
         """Return the descriptors that workers inherit."""
@@ -91,7 +91,8 @@ class Steering:
     def follow(self) -> None:
         """Look at pods, annotations and ports again; change what differs."""
         http2: dict[int, set[tuple[int, Role]]] = {}
-        for netns, port, role in self._kernel.http2_ports():
+        namespaces = self._namespaces()
+        for netns, port, role in self._kernel.http2_ports(namespaces):
             http2.setdefault(netns, set()).add((port, role))
         plans = {
             netns: plan_of(
@@ -100,7 +101,7 @@ class Steering:
                 self._wish(netns),
                 http2.get(netns, ()),
             )
-            for netns in self._namespaces()
+            for netns in namespaces
         }
         if plans != self._plans:
             self._tell(plans)
@@ -131,8 +132,9 @@ class Steering:
                 continue
             try:
                 self._kernel.redirect(netns, wants)
-            except KernelError as exc:
-                log.warning("not redirected: netns=%d %s", netns, exc)
+            except (KernelError, OSError) as exc:
+                self._warn(f"not redirected: netns={netns} {exc}")
+                wanted.pop(netns, None)  # nothing is; it is tried again
             else:
                 log.info("redirecting: netns=%d %s", netns, _shown(wants))
         self._redirected = wanted
@@ -222,6 +224,12 @@ class Steering:
             on_record=self._on_exchange,
             on_warning=log.warning,
         )
+
+    def _warn(self, text: str) -> None:
+        """Log a warning once."""
+        if text not in self._told:
+            self._told.add(text)
+            log.warning("%s", text)
 
     def _tell(self, plans: Mapping[int, Plan]) -> None:
         """Log each plan that is new, once for all pods that have it."""

@@ -174,7 +174,12 @@ def _mangle(wanted: Redirection) -> Iterator[Rule]:
         # socket. The answers go to the client's address, so they have to be told.
         note = Module("CONNMARK", (("set-xmark", _masked(CONNECTION_MARK)),))
         marked = Module("mark", (("mark", _masked(AGENT_MARK)),))
-        yield Rule(PREROUTING, note, protocol="tcp", matches=(marked,), table=MANGLE)
+        # Of a connection that it opens: never one of the client's own, whose ports it
+        # may have been given.
+        new = Module("conntrack", (("ctstate", "NEW"),))
+        yield Rule(
+            PREROUTING, note, protocol="tcp", matches=(marked, new), table=MANGLE
+        )
         mask = hex(MARK_MASK)
         masks = (("nfmask", mask), ("ctmask", mask))
         restore = Module("CONNMARK", (("restore-mark", ""), *masks))

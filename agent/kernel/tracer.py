@@ -352,7 +352,6 @@ class Tracer:
         new = netns - (self._netns or frozenset())
         self._netns = netns
         self._set_policies()
-        self._programs.forget_http2_ports(but=netns)
         self.enrolment = self._enrol_existing(find_connections(new))
 
     def set_sampling(self, by_netns: Mapping[int, float]) -> None:
@@ -381,8 +380,12 @@ class Tracer:
         """
         return self._programs.handoff_fds()
 
-    def http2_ports(self) -> frozenset[tuple[int, int, Role]]:
-        """Return where HTTP/2 was seen: namespace, port of the called end, our role."""
+    def http2_ports(self, netns: Collection[int]) -> frozenset[tuple[int, int, Role]]:
+        """Return where HTTP/2 was seen: namespace, port of the called end, our role.
+
+        What was seen in other namespaces than these is forgotten: the table is small.
+        """
+        self._programs.forget_http2_ports(but=netns)
         return self._programs.http2_ports()
 
     def set_roaming(self, come: Iterable[int], gone: Iterable[int]) -> None:

@@ -161,6 +161,7 @@ class Channel:
         sock.setblocking(False)
         self.sock = sock
         self.ended = False  # the other process is gone
+        self.truncated = 0  # messages whose descriptors found no room
         self._waiting: list[tuple[bytes, tuple[int, ...]]] = []
 
     def send(self, message: Message, fds: Iterable[int] = ()) -> bool:
@@ -200,7 +201,7 @@ class Channel:
         received = []
         while not self.ended:
             try:
-                packet, fds, _, _ = socket.recv_fds(self.sock, PACKET_MAX, _FDS_MAX)
+                packet, fds, flags, _ = socket.recv_fds(self.sock, PACKET_MAX, _FDS_MAX)
             except BlockingIOError:
                 break
             except OSError:
@@ -210,6 +211,11 @@ class Channel:
                 break
             for fd in fds:
                 os.set_inheritable(fd, False)
+            if flags & socket.MSG_CTRUNC:
+                # No room for all of them here: a message without them means nothing.
+                _close_all(fds)
+                self.truncated += 1
+                continue
             try:
                 received.append((decode(packet), list(fds)))
             except BadMessage:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from podspan.agent.errors import FeatureMissing, RedirectError
+from podspan.agent.errors import FeatureMissing, KernelError, RedirectError
 from podspan.agent.exchange import Exchange
 from podspan.agent.pods import processes
 from podspan.agent.redirect import control, sockets
@@ -41,6 +41,7 @@ STEADY_S: Final = 10.0
 
 # From the end of a drain, which resets what is left, to the kill.
 EXIT_S: Final = 2.0
+LISTEN_S: Final = 0.02
 
 
 # Of a worker: two for each of 32,000 connections.
@@ -186,8 +187,9 @@ class RedirectEngine:
             elif not known.told:
                 with self._warning_once(plan):
                     self._tell(known)
-            elif known.change(plan) and known.slot.worker is not None:
-                known.slot.worker.channel.send(known.message(gate=False))
+            else:
+                with self._warning_once(plan):
+                    self._change(known, plan)
 
     def poll(self) -> None:
         """Take what workers have told, without waiting; replace those that ended."""
@@ -201,11 +203,14 @@ class RedirectEngine:
 
     def serving(self) -> frozenset[int]:
         """Return the namespaces whose connections a worker accepts now."""
-        found: set[int] = set()
-        for worker in self._workers():
-            if not worker.overloaded and not worker.channel.ended:
-                found |= worker.confirmed & self._pods.keys()
-        return frozenset(found)
+        return frozenset(
+            netns
+            for netns, pod in self._pods.items()
+            if (worker := pod.slot.worker) is not None
+            and netns in worker.confirmed
+            and not worker.overloaded
+            and not worker.channel.ended
+        )
 
     def counters(self) -> dict[str, int]:
         """Return what all workers have counted, those included that have ended."""
@@ -226,7 +231,7 @@ class RedirectEngine:
         deadline_s = time.monotonic() + drain_s + EXIT_S
         for slot in self._slots:
             if slot.worker is not None:
-                self._await_end(slot.worker, deadline_s)
+                self._hear_out(slot.worker, deadline_s)
                 self._bury(slot, slot.worker)
 
     # Pods
@@ -241,13 +246,18 @@ class RedirectEngine:
         """What fails is tried again by the next `serve`, and told when it changes."""
         try:
             yield
-        except RedirectError as exc:
+        # RuntimeError: no more threads.
+        except (RedirectError, KernelError, OSError, RuntimeError) as exc:
             self._counters["pods_failed"] += 1
             if self._warned.get(plan.netns) != str(exc):
                 self._warned[plan.netns] = str(exc)
                 self._on_warning(f"cannot redirect in netns={plan.netns}: {exc}")
         else:
             self._warned.pop(plan.netns, None)
+
+    def _change(self, pod: _Pod, plan: PodPlan) -> None:
+        if pod.change(plan) and pod.slot.worker is not None:
+            pod.slot.worker.channel.send(pod.message(gate=False))
 
     def _open_pod(self, plan: PodPlan) -> _Pod:
         netns_fd = sockets.open_netns(plan.where, plan.netns)
@@ -301,14 +311,20 @@ class RedirectEngine:
         return [slot.worker for slot in self._slots if slot.worker is not None]
 
     def _start(self, slot: _Slot) -> None:
-        ours, theirs = control.pair()
-        with theirs:
-            process = subprocess.Popen(
-                WORKER_COMMAND,
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                process_group=0,
-            )
+        try:
+            ours, theirs = control.pair()
+            with theirs:
+                process = subprocess.Popen(
+                    WORKER_COMMAND,
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    process_group=0,
+                )
+        except OSError as exc:
+            self._counters["workers_failed"] += 1
+            self._wait_longer(slot)
+            self._on_warning(f"no redirect worker: {exc}")
+            return
         worker = _Worker(process, control.Channel(ours), time.monotonic())
         slot.worker = worker
         options = self._options
@@ -327,7 +343,7 @@ class RedirectEngine:
                 with self._warning_once(pod.plan):
                     self._tell(pod)
 
-    def _listen_to(self, worker: _Worker) -> None:
+    def _listen_to(self, worker: _Worker, *, ending: bool = False) -> None:
         worker.channel.flush()
         try:
             for message, _ in worker.channel.receive():
@@ -335,7 +351,7 @@ class RedirectEngine:
         except control.BadMessage as exc:
             self._on_warning(f"redirect worker pid={worker.process.pid}: {exc}")
             worker.channel.ended = True
-        if worker.channel.ended:
+        if worker.channel.ended and not ending:
             worker.process.kill()  # it has left us, or it is not one of ours
 
     def _take(self, worker: _Worker, message: control.Message) -> None:
@@ -373,26 +389,35 @@ class RedirectEngine:
         lived_s = time.monotonic() - worker.started_s
         if lived_s >= STEADY_S:
             slot.pause_s = 0.0
-        slot.due_s = time.monotonic() + slot.pause_s
-        slot.pause_s = min(max(RESTART_MIN_S, 2 * slot.pause_s), RESTART_MAX_S)
+        self._wait_longer(slot)
         self._on_warning(
             f"redirect worker pid={worker.process.pid} ended with {code}"
             f" after {lived_s:.1f} s; connections_cut={worker.open}"
         )
 
     @staticmethod
-    def _await_end(worker: _Worker, deadline_s: float) -> None:
-        try:
-            worker.process.wait(max(0.0, deadline_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
+    def _wait_longer(slot: _Slot) -> None:
+        slot.due_s = time.monotonic() + slot.pause_s
+        slot.pause_s = min(max(RESTART_MIN_S, 2 * slot.pause_s), RESTART_MAX_S)
+
+    def _hear_out(self, worker: _Worker, deadline_s: float) -> None:
+        """Take what an ending worker has to tell, until it has ended."""
+        while worker.process.poll() is None:
+            if time.monotonic() >= deadline_s:
+                worker.process.kill()
+                return
+            if not worker.channel.ended:
+                self._listen_to(worker, ending=True)
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(LISTEN_S)
 
 
 def _allow_descriptors() -> None:
-    """Raise the limit up to which workers, which inherit it, raise their own."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Raise our own limit (each pod takes five), and so that of workers."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS:
-        with suppress(
-            OSError, ValueError
-        ):  # fs.nr_open is less, or no CAP_SYS_RESOURCE
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, DESCRIPTORS))
+        # Where fs.nr_open is less, or CAP_SYS_RESOURCE missing, it stays.
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, DESCRIPTORS))
+            hard = DESCRIPTORS
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -74,6 +74,9 @@ COPY_BYTES: Final = 128
 # Connections that wait at the same time; the kernel holds their packets.
 QUEUE_PACKETS: Final = 4096
 RECEIVE_BYTES: Final = 65536
+# Of packets that wait to be read, some 1 KB each in the kernel's count.
+BUFFER_BYTES: Final = 4 << 20
+SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +116,16 @@ class Gate:
         """Hold a queue of the network namespace that the calling thread is in.
 
         Raises NoPrivilege without CAP_NET_ADMIN, FeatureMissing where the kernel has no
-        nfnetlink_queue, QueueTaken.
+        nfnetlink_queue, QueueTaken, RedirectError where it just now cannot.
         """
-        sock = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
-        )
+        try:
+            sock = socket.socket(
+                socket.AF_NETLINK,
+                socket.SOCK_RAW | socket.SOCK_CLOEXEC,
+                NETLINK_NETFILTER,
+            )
+        except OSError as exc:
+            raise _explained(exc, queue) from exc
         self = cls(queue, sock)
         try:
             self._configure(_attribute(NFQA_CFG_CMD, _command(NFQNL_CFG_CMD_BIND)))
@@ -129,6 +137,7 @@ class Gate:
                 + _attribute(NFQA_CFG_MASK, fail_open)
                 + _attribute(NFQA_CFG_FLAGS, fail_open)
             )
+            sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
         except OSError as exc:
             self._socket.close()
             raise _explained(exc, queue) from exc
@@ -251,6 +260,8 @@ def _explained(exc: OSError, queue: int) -> PodspanError:
             hint="another agent serves this pod: see /proc/net/netfilter/"
             "nfnetlink_queue",
         )
+    if exc.errno not in {errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT}:
+        return RedirectError(f"cannot hold packets: {exc}")
     return FeatureMissing(
         f"cannot hold packets: {exc}",
         hint="modprobe nfnetlink_queue (CONFIG_NETFILTER_NETLINK_QUEUE)",

@@ -20,9 +20,10 @@ from podspan.agent.redirect.loop import Loop, Timer
 
 # A SYN that may come in is accepted at once, unless who sent it is gone.
 ACCEPT_S: Final = 5.0
+# Who does not answer for so long has to be waited for by the application itself.
+CONNECT_S: Final = 10.0
 
 OpenUpstream = Callable[[Held, Flow], socket.socket]
-Source = tuple[str, int]
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +31,7 @@ class _Attempt:
     flow: Flow
     sock: socket.socket
     held: list[Held] = field(default_factory=list)
+    timer: Timer | None = None
 
 
 class Waiting:
@@ -47,52 +49,74 @@ class Waiting:
         self._counters = counters
         self._open_upstream = open_upstream
         self._attempts: dict[Flow, _Attempt] = {}
-        self._ready: dict[Source, tuple[socket.socket, Timer]] = {}
+        self._ready: dict[Flow, tuple[socket.socket, Timer]] = {}
         loop.add(gate.fileno(), EPOLLIN, self._on_gate)
 
     def __len__(self) -> int:
         """Return how many upstream sockets there are."""
         return len(self._attempts) + len(self._ready)
 
-    def take(self, source: Source) -> socket.socket | None:
-        """Return the connected upstream of the connection that comes from `source`."""
-        found = self._ready.pop(source, None)
-        if found is None:
-            return None
-        sock, timer = found
+    def take(self, accepted: Flow) -> tuple[Flow, socket.socket] | None:
+        """Return the upstream of an accepted connection, and its flow as it was sent.
+
+        Two connections from one port, to different destinations, cannot both keep that
+        port on their way to the listener.
+        """
+        flow = accepted
+        if flow not in self._ready:
+            ends = (flow.source, flow.destination, flow.destination_port)
+            found = [
+                each
+                for each in self._ready
+                if (each.source, each.destination, each.destination_port) == ends
+            ]
+            if len(found) != 1:
+                return None
+            [flow] = found
+        sock, timer = self._ready.pop(flow)
         timer.cancel()
-        return sock
+        return flow, sock
 
     def close(self) -> None:
         """Give the gate up: what comes now goes direct, and what waits at once."""
         for attempt in list(self._attempts.values()):
-            self._let_go(attempt)
+            self._let_go(attempt, errno.ECANCELED)
         self._loop.remove(self._gate.fileno())
         self._gate.close()
 
     def drop(self) -> None:
         """Close what nobody has come for."""
-        for source in list(self._ready):
-            self._expire(source)
+        for flow in list(self._ready):
+            self._expire(flow)
 
     def _on_gate(self, _events: int) -> None:
-        for held in self._gate.receive():
+        try:
+            waiting = self._gate.receive()
+        except OSError as exc:
+            self._counters[f"gate_failed_{_name(exc.errno)}"] += 1
+            return
+        self._counters["gate_overruns"] += self._gate.overruns
+        self._gate.overruns = 0
+        for held in waiting:
             if held.flow is None:
                 self._counters["gate_unknown"] += 1
-                self._gate.direct(held)
+                self._say(self._gate.direct, held)
             else:
                 self._hold(held, held.flow)
 
     def _hold(self, held: Held, flow: Flow) -> None:
+        if flow in self._ready:  # the same SYN once more
+            self._say(self._gate.redirect, held)
+            return
         attempt = self._attempts.get(flow)
-        if attempt is not None:  # the same SYN once more
+        if attempt is not None:  # likewise
             attempt.held.append(held)
             return
         try:
             sock = self._open_upstream(held, flow)
         except OSError as exc:
             self._counters[f"gate_no_socket_{_name(exc.errno)}"] += 1
-            self._gate.direct(held)
+            self._say(self._gate.direct, held)
             return
         attempt = _Attempt(flow, sock, [held])
         self._attempts[flow] = attempt
@@ -100,6 +124,9 @@ class Waiting:
             sock.connect((flow.destination, flow.destination_port))
         except BlockingIOError:
             self._loop.add(sock.fileno(), EPOLLOUT, lambda _: self._answered(attempt))
+            attempt.timer = self._loop.after(
+                CONNECT_S, lambda: self._let_go(attempt, errno.ETIMEDOUT)
+            )
         except OSError as exc:
             self._failed(attempt, exc.errno or 0)
         else:
@@ -107,6 +134,8 @@ class Waiting:
 
     def _answered(self, attempt: _Attempt) -> None:
         self._loop.remove(attempt.sock.fileno())
+        if attempt.timer is not None:
+            attempt.timer.cancel()
         error = sockets.pending_error(attempt.sock)
         if error:
             self._failed(attempt, error)
@@ -116,27 +145,33 @@ class Waiting:
     def _connected(self, attempt: _Attempt) -> None:
         flow = attempt.flow
         del self._attempts[flow]
-        source = (flow.source, flow.source_port)
-        self._expire(source)
-        timer = self._loop.after(ACCEPT_S, lambda: self._expire(source))
-        self._ready[source] = (attempt.sock, timer)
+        timer = self._loop.after(ACCEPT_S, lambda: self._expire(flow))
+        self._ready[flow] = (attempt.sock, timer)
         for held in attempt.held:
-            self._gate.redirect(held)
+            self._say(self._gate.redirect, held)
 
     def _failed(self, attempt: _Attempt, error: int) -> None:
         """The application's own connect(2) shall find that out."""
         self._counters[f"connect_failed_{_name(error)}"] += 1
         del self._attempts[attempt.flow]
         for held in attempt.held:
-            self._gate.direct(held)
+            self._say(self._gate.direct, held)
         self._loop.close(attempt.sock)
 
-    def _let_go(self, attempt: _Attempt) -> None:
+    def _let_go(self, attempt: _Attempt, error: int) -> None:
+        if attempt.timer is not None:
+            attempt.timer.cancel()
         self._loop.remove(attempt.sock.fileno())
-        self._failed(attempt, errno.ECANCELED)
+        self._failed(attempt, error)
 
-    def _expire(self, source: Source) -> None:
-        found = self._ready.pop(source, None)
+    def _say(self, verdict: Callable[[Held], None], held: Held) -> None:
+        try:
+            verdict(held)
+        except OSError as exc:  # it waits on, and is dropped with the gate
+            self._counters[f"gate_failed_{_name(exc.errno)}"] += 1
+
+    def _expire(self, flow: Flow) -> None:
+        found = self._ready.pop(flow, None)
         if found is not None:
             sock, timer = found
             timer.cancel()

@@ -172,6 +172,9 @@ class Worker:
         except control.BadMessage:
             log.exception("the agent is taken as gone")
             self._channel.ended = True
+        if self._channel.truncated:
+            self._counters["messages_truncated"] += self._channel.truncated
+            self._channel.truncated = 0
         if self._channel.ended:
             self._loop.remove(self._channel.sock.fileno())
             self._loop.after(self._grace_s, self._leave)
@@ -202,9 +205,10 @@ class Worker:
             given.span_ids, given.unsampled, given.propagate, message.sampling
         )
         transparent = frozenset(message.transparent)
-        if not fds and (known := self._pods.get(message.netns)):
-            known.options, known.transparent = options, transparent
-            self._channel.send(control.Opened(message.netns))
+        if not fds:
+            known = self._pods.get(message.netns)
+            if known is not None:
+                known.options, known.transparent = options, transparent
             return
         self._close_pod(message.netns, gone=False)
         netns_fd, *listeners = fds
@@ -325,9 +329,13 @@ class Worker:
             return
         try:
             waiting = listener.pod.waiting
-            up = waiting.take(client[:2]) if waiting is not None else None
-            connected = up is not None
-            if up is None:
+            flow = Flow(client[0], client[1], destination[0], destination[1])
+            ready = waiting.take(flow) if waiting is not None else None
+            if ready is not None:
+                # As the application knows it: on its way the port may have changed.
+                flow, up = ready
+                client = (flow.source, flow.source_port)
+            else:
                 up = self._open_upstream(
                     listener.pod, listener.direction, sock.family, client[0]
                 )
@@ -348,7 +356,7 @@ class Worker:
         pod.relays.add(relay)
         self._relays.add(relay)
         self._counters[f"connections_{listener.direction.value}"] += 1
-        relay.start(None if connected else destination)
+        relay.start(None if ready is not None else destination)
         if listener.direction is Direction.INBOUND:
             # The kernel has chosen the port at the latest when we connected.
             connection.application = _tuple(pod, destination, up.getsockname())

@@ -72,8 +72,10 @@ class Chosen(NamedTuple):
         return cls(context.trace_id, context.span_id, request_ids[0])
 
 
-# Of an exchange that left no trace: its id is none that a low rate samples.
-UNKNOWN = Chosen(next(n for n in count(1) if sample_hash(n) >> 24 == 0xFF), 1, b"")
+# Of an exchange that left no trace, and began one: its id is none that a low rate
+# samples, and has 128 bits as all that begin here.
+UNSAMPLED = next(n for n in count(1) if sample_hash(n) >> 24 == 0xFF)
+UNKNOWN = Chosen(1 << 127 | UNSAMPLED, 1, b"")
 
 
 @dataclass
@@ -221,7 +223,10 @@ def check(
     elif arrived != head:
         chosen = Chosen.of_head(arrived)
     else:
+        context = read_context((one.name, one.value) for one in fields_of(head))
         chosen = UNKNOWN
+        if context.has_ids:
+            chosen = UNKNOWN._replace(trace_id=context.trace_id)
     plan = plan_of(head, chosen, options, percent)
     missed = not plan.refused and cut > min(plan.reach, len(head) - 2)
     injected = not plan.refused and not missed

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from netns.http_peer import DEADLINE_S
@@ -204,6 +204,34 @@ def test_a_network_that_says_no_is_heard(pods):
             ours.connect(("10.98.0.1", 80))
 
     engine.until_counted(connect_failed_ehostunreach=1, connections_outbound=0)
+
+
+def test_connections_from_one_port_reach_each_its_own_server(pods):
+    """connect(2) gives one port to connections with different destinations."""
+    client, server, engine = pods
+    ports = (81, 82, 83)
+
+    def say_port(sock):
+        sock.sendall(OPAQUE + b"%d" % sock.getsockname()[1])
+
+    with ExitStack() as stack:
+        for port in ports:
+            stack.enter_context(serving(server, say_port, port=port))
+        for shared in range(20001, 20021):
+            socks = {}
+            for port in ports:
+                with client.inside():
+                    sock = stack.enter_context(socket.socket())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind((client.ipv4, shared))
+                sock.setblocking(False)
+                sock.connect_ex((server.ipv4, port))
+                socks[port] = sock
+            for port, sock in socks.items():
+                sock.settimeout(DEADLINE_S)
+                assert read_exactly(sock, 3) == OPAQUE + b"%d" % port
+                sock.close()
+    engine.until_counted(connections_outbound=len(ports) * 20, connections_open=0)
 
 
 def test_without_a_gate_a_refused_connection_is_reset(two_ns_veth):

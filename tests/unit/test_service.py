@@ -115,7 +115,7 @@ class FakeTracer:
     def set_plans(self, plans):
         self.plans = plans
 
-    def http2_ports(self):
+    def http2_ports(self, netns):
         return frozenset()
 
     def losses(self):

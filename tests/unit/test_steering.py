@@ -28,7 +28,8 @@ class Kernel:
     def redirect(self, netns, wants):
         self.redirected[netns] = wants
 
-    def http2_ports(self):
+    def http2_ports(self, netns):
+        self.http2 = frozenset(seen for seen in self.http2 if seen[0] in netns)
         return self.http2
 
     def handoff_fds(self):

@@ -475,7 +475,7 @@ class TestHttp2:
         assert {
             (inode_of(CLIENT), port, Role.CLIENT),
             (inode_of(FRONT), port, Role.SERVER),
-        } <= tracing.tracer.http2_ports()
+        } <= tracing.tracer.http2_ports((inode_of(CLIENT), inode_of(FRONT)))
 
     def test_claimed_connections_have_no_tcp_record(
         self, tracing: Tracing, handoff: Handoff
