@@ -658,6 +658,12 @@ def _options(action: str, read: _Reader) -> Options:
         source=Source(source or default.source),
     )
     _check_ports(redirection)
+    if gate == "on" and redirection.virtual_interfaces:
+        raise UsageError(
+            "podspan init: --gate on does not go with --kube-virt-interfaces: what "
+            "comes in there is outbound, which the gate cannot tell",
+            hint="leave --gate out: it is off where there are such interfaces",
+        )
     unwanted, mode_warnings = _mode(read)
     return Options(
         "clean" if read("cleanup_only", False) and action == "apply" else action,

@@ -119,6 +119,11 @@ class Redirection:
     probe_port: int = PROBE_PORT
     source: Source = Source.TRANSPARENT
 
+    @property
+    def gated(self) -> bool:
+        """Whether first packets wait; not where inbound may mean outbound."""
+        return bool(self.guard and self.gate and not self.virtual_interfaces)
+
 
 @dataclass(frozen=True, slots=True)
 class Module:
@@ -196,7 +201,7 @@ def _redirect(chain: str, port: int, wanted: Redirection) -> Iterator[Rule]:
         yield Rule(chain, _to_port(port), protocol="tcp")
         return
     guard = (Module("bpf", (("object-pinned", wanted.guard),)),)
-    if not wanted.gate:
+    if not wanted.gated:
         yield Rule(chain, _to_port(port), protocol="tcp", matches=guard)
         return
     let_in = (Module("mark", (("mark", _masked(GATE_MARK)),)),)
@@ -207,7 +212,7 @@ def _redirect(chain: str, port: int, wanted: Redirection) -> Iterator[Rule]:
 
 
 def _inbound(wanted: Redirection, family: Family) -> Iterator[Rule]:
-    if wanted.guard and wanted.gate:
+    if wanted.gated:
         # Sent on by the gate: nobody listens where it is meant for.
         marked = Module("mark", (("mark", _masked(AGENT_MARK)),))
         yield Rule(INBOUND, RETURN, matches=(marked,))

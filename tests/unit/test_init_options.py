@@ -414,3 +414,9 @@ def test_the_parser_gives_no_defaults_of_its_own():
         "action": "apply"
     }
     assert argparse.SUPPRESS not in given.values()
+
+
+def test_a_gate_that_was_asked_for_is_refused_beside_virtual_interfaces():
+    with pytest.raises(UsageError, match="--gate on"):
+        parse(["apply", "--gate", "on", "-k", "eth1"], {})
+    assert not parse(["apply", "-k", "eth1"], {}).redirection.gated

@@ -114,7 +114,7 @@ def test_no_connection_but_the_probe_is_redirected_past_the_guard(scenario, fami
     gates = [rule for rule in rules if rule.target.name == "NFQUEUE"]
     if not wanted.guard:
         assert (gates, [rule.matches for rule in guarded]) == ([], [(), ()])
-    elif not wanted.gate:
+    elif not wanted.gated:
         assert (gates, [rule.matches for rule in guarded]) == ([], [guard, guard])
     else:
         assert [rule.matches for rule in guarded] == [let_in, let_in]
