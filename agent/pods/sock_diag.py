@@ -20,16 +20,20 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from podspan.agent.errors import FeatureMissing, NoPrivilege
+from podspan.agent.netlink import (
+    CODE,
+    NLM_F_DUMP,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    RECEIVE_BYTES,
+    attributes,
+    message,
+    messages,
+)
 
 CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 NETLINK_SOCK_DIAG: Final = 4  # linux/netlink.h
 
-# linux/netlink.h: what a message is, and what is asked.
-NLMSG_ERROR: Final = 2
-NLMSG_DONE: Final = 3
-NLM_F_REQUEST: Final = 0x1
-NLM_F_DUMP: Final = 0x300
-NLA_TYPE: Final = 0x3FFF  # without NLA_F_NESTED
 
 SOCK_DIAG_BY_FAMILY: Final = 20  # linux/sock_diag.h
 # include/net/tcp_states.h
@@ -42,16 +46,12 @@ INET_DIAG_SKV6ONLY: Final = 11
 INET_DIAG_ULP_INFO: Final = 19
 INET_ULP_INFO_NAME: Final = 1
 
-HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr
-CODE: Final = struct.Struct("=i")  # of an error or an end: 0, or -errno
-ATTRIBUTE: Final = struct.Struct("=HH")  # struct nlattr
 # struct inet_diag_req_v2; ports, addresses, interface and cookie 0: all sockets.
 REQUEST: Final = struct.Struct("=BBBxI48x")
 # struct inet_diag_msg: family, state, timer, retrans; ports and addresses in network
 # order, interface, cookie; expires, rqueue, wqueue, uid, inode.
 MESSAGE: Final = struct.Struct("=4B2s2s16s16sI2I5I")
 
-RECEIVE_BYTES: Final = 65536  # twice what the kernel puts into one answer
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -87,10 +87,7 @@ def parse(answer: bytes) -> Iterator[TcpSocket | None]:
 
     Raises OSError with what the kernel refused.
     """
-    at = 0
-    while at + HEADER.size <= len(answer):
-        length, kind, _, _, _ = HEADER.unpack_from(answer, at)
-        body = answer[at + HEADER.size : at + length]
+    for kind, body in messages(answer):
         if kind in {NLMSG_ERROR, NLMSG_DONE}:
             (code,) = CODE.unpack_from(body)
             if code:
@@ -98,7 +95,6 @@ def parse(answer: bytes) -> Iterator[TcpSocket | None]:
             yield None
         else:
             yield _parse_socket(body)
-        at += max(HEADER.size, (length + 3) & ~3)
 
 
 def _visit(netns_fd: int) -> list[TcpSocket]:
@@ -128,9 +124,7 @@ def _request(family: int) -> bytes:
     states = 1 << TCP_ESTABLISHED | 1 << TCP_LISTEN
     wanted = 1 << INET_DIAG_INFO - 1
     body = REQUEST.pack(family, socket.IPPROTO_TCP, wanted, states)
-    flags = NLM_F_REQUEST | NLM_F_DUMP
-    size = HEADER.size + len(body)
-    return HEADER.pack(size, SOCK_DIAG_BY_FAMILY, flags, 0, 0) + body
+    return message(SOCK_DIAG_BY_FAMILY, body, NLM_F_DUMP)
 
 
 def _receive(netlink: socket.socket) -> Iterator[TcpSocket]:
@@ -145,8 +139,8 @@ def _parse_socket(body: bytes) -> TcpSocket:
     (family, state, _, _, sport, dport, source, destination, _, low, high, *rest) = (
         MESSAGE.unpack_from(body)
     )
-    attributes = dict(_attributes(body[MESSAGE.size :]))
-    ulp = dict(_attributes(attributes.get(INET_DIAG_ULP_INFO, b"")))
+    found = dict(attributes(body[MESSAGE.size :]))
+    ulp = dict(attributes(found.get(INET_DIAG_ULP_INFO, b"")))
     return TcpSocket(
         listening=state == TCP_LISTEN,
         inode=rest[-1],
@@ -155,17 +149,9 @@ def _parse_socket(body: bytes) -> TcpSocket:
         local_port=int.from_bytes(sport, "big"),
         peer=_address(family, destination),
         peer_port=int.from_bytes(dport, "big"),
-        v6only=any(attributes.get(INET_DIAG_SKV6ONLY, b"")),
+        v6only=any(found.get(INET_DIAG_SKV6ONLY, b"")),
         ulp=ulp.get(INET_ULP_INFO_NAME, b"").rstrip(b"\0").decode("ascii", "replace"),
     )
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + ATTRIBUTE.size <= len(data):
-        length, kind = ATTRIBUTE.unpack_from(data, at)
-        yield kind & NLA_TYPE, data[at + ATTRIBUTE.size : at + length]
-        at += max(ATTRIBUTE.size, (length + 3) & ~3)
 
 
 def _address(family: int, packed: bytes) -> IPv4Address | IPv6Address:

@@ -32,13 +32,19 @@ from podspan.agent.errors import (
     PodspanError,
     RedirectError,
 )
+from podspan.agent.netlink import (
+    CODE,
+    HEADER,
+    NLM_F_ACK,
+    RECEIVE_BYTES,
+    attribute,
+    attributes,
+    message,
+    messages,
+)
 from podspan.init.plan import AGENT_MARK, GATE_MARK
 
 NETLINK_NETFILTER: Final = 12  # linux/netlink.h
-NLMSG_ERROR: Final = 2
-NLM_F_REQUEST: Final = 0x1
-NLM_F_ACK: Final = 0x4
-NLA_TYPE: Final = 0x3FFF
 NFNL_SUBSYS_QUEUE: Final = 3  # linux/netfilter/nfnetlink.h
 
 # linux/netfilter/nfnetlink_queue.h
@@ -62,10 +68,7 @@ NFQA_CFG_F_FAIL_OPEN: Final = 1  # since 3.6: what finds no room passes
 NF_REPEAT: Final = 4
 NF_INET_PRE_ROUTING: Final = 0
 
-HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr
 GENERIC: Final = struct.Struct("!BBH")  # struct nfgenmsg: family, version, queue
-ATTRIBUTE: Final = struct.Struct("=HH")  # struct nlattr
-CODE: Final = struct.Struct("=i")
 PORTS: Final = struct.Struct("!HH")
 PACKET: Final = struct.Struct("!IHB")  # struct nfqnl_msg_packet_hdr
 
@@ -73,7 +76,6 @@ PACKET: Final = struct.Struct("!IHB")  # struct nfqnl_msg_packet_hdr
 COPY_BYTES: Final = 128
 # Connections that wait at the same time; the kernel holds their packets.
 QUEUE_PACKETS: Final = 4096
-RECEIVE_BYTES: Final = 65536
 # Of packets that wait to be read, some 1 KB each in the kernel's count.
 BUFFER_BYTES: Final = 4 << 20
 SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
@@ -128,14 +130,14 @@ class Gate:
             raise _explained(exc, queue) from exc
         self = cls(queue, sock)
         try:
-            self._configure(_attribute(NFQA_CFG_CMD, _command(NFQNL_CFG_CMD_BIND)))
+            self._configure(attribute(NFQA_CFG_CMD, _command(NFQNL_CFG_CMD_BIND)))
             params = struct.pack("!IB", COPY_BYTES, NFQNL_COPY_PACKET)
             fail_open = struct.pack("!I", NFQA_CFG_F_FAIL_OPEN)
             self._configure(
-                _attribute(NFQA_CFG_PARAMS, params)
-                + _attribute(NFQA_CFG_QUEUE_MAXLEN, struct.pack("!I", QUEUE_PACKETS))
-                + _attribute(NFQA_CFG_MASK, fail_open)
-                + _attribute(NFQA_CFG_FLAGS, fail_open)
+                attribute(NFQA_CFG_PARAMS, params)
+                + attribute(NFQA_CFG_QUEUE_MAXLEN, struct.pack("!I", QUEUE_PACKETS))
+                + attribute(NFQA_CFG_MASK, fail_open)
+                + attribute(NFQA_CFG_FLAGS, fail_open)
             )
             sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
         except OSError as exc:
@@ -173,15 +175,13 @@ class Gate:
         self._socket.close()
 
     def _verdict(self, held: Held, mark: int) -> None:
-        body = _attribute(
+        body = attribute(
             NFQA_VERDICT_HDR, struct.pack("!II", NF_REPEAT, held.number)
-        ) + _attribute(NFQA_MARK, struct.pack("!I", mark))
+        ) + attribute(NFQA_MARK, struct.pack("!I", mark))
         self._socket.send(_message(NFQNL_MSG_VERDICT, self._queue, body))
 
-    def _configure(self, attributes: bytes) -> None:
-        self._socket.send(
-            _message(NFQNL_MSG_CONFIG, self._queue, attributes, NLM_F_ACK)
-        )
+    def _configure(self, content: bytes) -> None:
+        self._socket.send(_message(NFQNL_MSG_CONFIG, self._queue, content, NLM_F_ACK))
         answer = self._socket.recv(RECEIVE_BYTES)
         (code,) = CODE.unpack_from(answer, HEADER.size)
         if code:
@@ -190,16 +190,12 @@ class Gate:
 
 def parse(datagram: bytes) -> Iterator[Held]:
     """Yield the packets of one netlink datagram; other messages are left out."""
-    at = 0
-    while at + HEADER.size <= len(datagram):
-        length, kind, *_ = HEADER.unpack_from(datagram, at)
-        end = min(at + length, len(datagram))
+    for kind, body in messages(datagram):
         if kind == NFNL_SUBSYS_QUEUE << 8 | NFQNL_MSG_PACKET:
-            found = dict(_attributes(datagram[at + HEADER.size + GENERIC.size : end]))
+            found = dict(attributes(body[GENERIC.size :]))
             number, _, hook = PACKET.unpack_from(found[NFQA_PACKET_HDR])
             flow = flow_of(found.get(NFQA_PAYLOAD, b""))
             yield Held(number, hook == NF_INET_PRE_ROUTING, flow)
-        at += max(HEADER.size, (length + 3) & ~3)
 
 
 def flow_of(packet: bytes) -> Flow | None:
@@ -229,24 +225,9 @@ def _command(command: int) -> bytes:
     return struct.pack("!BBH", command, 0, 0)
 
 
-def _message(kind: int, queue: int, attributes: bytes, flags: int = 0) -> bytes:
-    body = GENERIC.pack(socket.AF_UNSPEC, 0, queue) + attributes
-    size = HEADER.size + len(body)
-    kind |= NFNL_SUBSYS_QUEUE << 8
-    return HEADER.pack(size, kind, NLM_F_REQUEST | flags, 0, 0) + body
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    size = ATTRIBUTE.size + len(value)
-    return ATTRIBUTE.pack(size, kind) + value + bytes(-size % 4)
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + ATTRIBUTE.size <= len(data):
-        length, kind = ATTRIBUTE.unpack_from(data, at)
-        yield kind & NLA_TYPE, data[at + ATTRIBUTE.size : at + length]
-        at += max(ATTRIBUTE.size, (length + 3) & ~3)
+def _message(kind: int, queue: int, content: bytes, flags: int = 0) -> bytes:
+    body = GENERIC.pack(socket.AF_UNSPEC, 0, queue) + content
+    return message(NFNL_SUBSYS_QUEUE << 8 | kind, body, flags)
 
 
 def _explained(exc: OSError, queue: int) -> PodspanError:

@@ -5,9 +5,8 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from podspan.agent.netlink import ATTRIBUTE, HEADER
 from podspan.agent.redirect.gate import (
-    ATTRIBUTE,
-    HEADER,
     NFQA_PACKET_HDR,
     NFQA_PAYLOAD,
     Flow,

@@ -6,13 +6,11 @@ import struct
 from ipaddress import ip_address
 
 import pytest
-from podspan.agent.pods import sock_diag
+from podspan.agent.netlink import NLMSG_DONE, NLMSG_ERROR, attributes
 from podspan.agent.pods.sock_diag import (
     INET_DIAG_SKV6ONLY,
     INET_DIAG_ULP_INFO,
     INET_ULP_INFO_NAME,
-    NLMSG_DONE,
-    NLMSG_ERROR,
     SOCK_DIAG_BY_FAMILY,
     TCP_ESTABLISHED,
     TCP_LISTEN,
@@ -113,4 +111,4 @@ def test_no_socket_is_an_empty_answer():
 
 
 def test_an_answer_that_makes_no_sense_ends():
-    assert list(sock_diag._attributes(bytes(8))) == [(0, b""), (0, b"")]
+    assert list(attributes(bytes(8))) == [(0, b""), (0, b"")]
