@@ -164,8 +164,9 @@ class Steering:
     def _namespaces(self) -> frozenset[int]:
         """Return those that have a plan: of pods, or with a name."""
         selected = self._selected()
-        known = self._names.pods() | self._names.select(("*",))
-        found = known if selected is None else selected
+        found = selected
+        if found is None:
+            found = self._names.pods() | self._names.select(("*",))
         return found - {processes.own_netns(), processes.netns_of(1) or 0}
 
     def _wish(self, netns: int) -> Wish:

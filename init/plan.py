@@ -178,7 +178,7 @@ def _mangle(wanted: Redirection) -> Iterator[Rule]:
         # What the agent opened in a client's name comes by lo, with the mark of its
         # socket. The answers go to the client's address, so they have to be told.
         note = Module("CONNMARK", (("set-xmark", _masked(CONNECTION_MARK)),))
-        marked = Module("mark", (("mark", _masked(AGENT_MARK)),))
+        marked = _marked(AGENT_MARK)
         # Of a connection that it opens: never one of the client's own, whose ports it
         # may have been given.
         new = Module("conntrack", (("ctstate", "NEW"),))
@@ -204,7 +204,7 @@ def _redirect(chain: str, port: int, wanted: Redirection) -> Iterator[Rule]:
     if not wanted.gated:
         yield Rule(chain, _to_port(port), protocol="tcp", matches=guard)
         return
-    let_in = (Module("mark", (("mark", _masked(GATE_MARK)),)),)
+    let_in = (_marked(GATE_MARK),)
     yield Rule(chain, _to_port(port), protocol="tcp", matches=let_in)
     # Where nobody holds the queue, packets pass: --queue-bypass.
     queue = (("queue-num", str(GATE_QUEUE)), ("queue-bypass", ""))
@@ -214,7 +214,7 @@ def _redirect(chain: str, port: int, wanted: Redirection) -> Iterator[Rule]:
 def _inbound(wanted: Redirection, family: Family) -> Iterator[Rule]:
     if wanted.gated:
         # Sent on by the gate: nobody listens where it is meant for.
-        marked = Module("mark", (("mark", _masked(AGENT_MARK)),))
+        marked = _marked(AGENT_MARK)
         yield Rule(INBOUND, RETURN, matches=(marked,))
     for interface in wanted.exclude_interfaces:
         yield Rule(INBOUND, RETURN, in_interface=interface)
@@ -238,7 +238,7 @@ def _inbound(wanted: Redirection, family: Family) -> Iterator[Rule]:
 
 
 def _outbound(wanted: Redirection, family: Family) -> Iterator[Rule]:
-    marked = Module("mark", (("mark", _masked(AGENT_MARK)),))
+    marked = _marked(AGENT_MARK)
     yield Rule(OUTPUT, RETURN, matches=(marked,))
     yield _probe(wanted, family)
     for interface in wanted.exclude_interfaces:
@@ -314,6 +314,10 @@ def _to_port(port: int) -> Module:
 def _port_rule(chain: str, port: int, target: Module) -> Rule:
     dport = Module("tcp", (("dport", str(port)),))
     return Rule(chain, target, protocol="tcp", matches=(dport,))
+
+
+def _marked(mark: int) -> Module:
+    return Module("mark", (("mark", _masked(mark)),))
 
 
 def _masked(mark: int) -> str:

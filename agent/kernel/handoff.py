@@ -15,10 +15,6 @@ from podspan.agent.exchange import Link, Role
 from podspan.agent.kernel import syscall
 from podspan.agent.redirect.inject import Given
 
-# What the agent's own sockets in pods are marked with. bpf/handoff.h and
-# podspan.init.plan have the same.
-AGENT_MARK: Final = 0x539
-
 TUPLE: Final = struct.Struct("=16s16sIHH")
 HANDED_KEY: Final = struct.Struct("=40sQ")
 HANDED: Final = struct.Struct("=QQQQBB2x36s")

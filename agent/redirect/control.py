@@ -4,10 +4,9 @@ A message is one packet, a pair of its name and its fields; descriptors go with 
 
     agent to worker             worker to agent
     Start   options, maps       Opened       listeners are served
-    Open    listeners of a pod  Unserved     they are not: why
-    Close   a pod               Counted      counters since the last one
-    Drain   end                 Finished     exchanges of HTTP/2
-                                Overloaded   whether it accepts no connections
+    Open    listeners of a pod  Counted      counters since the last one
+    Close   a pod               Finished     exchanges of HTTP/2
+    Drain   end                 Overloaded   whether it accepts no connections
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from typing import ClassVar, Final
+from typing import ClassVar, Final, get_args
 
 import msgpack
 from podspan.agent.exchange import Exchange, Role
@@ -103,17 +102,7 @@ class Overloaded:
 
 Message = Start | Open | Close | Drain | Opened | Counted | Finished | Overloaded
 _BY_NAME: Final[dict[str, type[Message]]] = {
-    kind.__name__: kind
-    for kind in (
-        Start,
-        Open,
-        Close,
-        Drain,
-        Opened,
-        Counted,
-        Finished,
-        Overloaded,
-    )
+    kind.__name__: kind for kind in get_args(Message)
 }
 
 

@@ -232,8 +232,7 @@ class Relay:
         self._flush(up)
 
     def _not_connected(self, error: int) -> None:
-        name = errno.errorcode.get(error, str(error)).lower()
-        self._shared.counters[f"connect_failed_{name}"] += 1
+        self._shared.counters[f"connect_failed_{sockets.error_name(error)}"] += 1
         self._close()
 
     def _in_trouble(self, end: _End) -> bool:

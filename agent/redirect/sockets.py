@@ -23,9 +23,7 @@ from typing import Final, TypeVar
 
 from podspan.agent.errors import RedirectError
 from podspan.agent.redirect.route_back import has_route_back
-
-# Recognised by our rules and by the kernel's programs; as AGENT_MARK of init/plan.py.
-MARK: Final = 0x539
+from podspan.init.plan import AGENT_MARK
 
 BACKLOG: Final = 4096  # the kernel takes net.core.somaxconn where that is less
 
@@ -151,7 +149,7 @@ def _listener(family: socket.AddressFamily, port: int) -> socket.socket | None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # The next agent opens its own while the last one's workers still serve.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.setsockopt(socket.SOL_SOCKET, _SO_MARK, MARK)
+        listener.setsockopt(socket.SOL_SOCKET, _SO_MARK, AGENT_MARK)
         listener.bind(("", port))
         listener.listen(BACKLOG)
     except OSError as exc:
@@ -206,7 +204,7 @@ def original_destination(accepted: socket.socket) -> Address | None:
 def open_upstream(family: int) -> socket.socket:
     """Make a socket, where this thread is, whose connections are not redirected."""
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, MARK)
+    sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, AGENT_MARK)
     _prepare(sock)
     return sock
 
@@ -254,6 +252,11 @@ def unacknowledged(sock: socket.socket) -> int:
     answer = bytearray(4)
     fcntl.ioctl(sock, _SIOCOUTQ, answer)
     return int(struct.unpack("i", answer)[0])
+
+
+def error_name(number: int | None) -> str:
+    """Return econnrefused or the like, for a counter's name."""
+    return errno.errorcode.get(number or 0, str(number)).lower()
 
 
 def pending_error(sock: socket.socket) -> int:

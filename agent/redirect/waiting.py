@@ -93,7 +93,7 @@ class Waiting:
         try:
             waiting = self._gate.receive()
         except OSError as exc:
-            self._counters[f"gate_failed_{_name(exc.errno)}"] += 1
+            self._counters[f"gate_failed_{sockets.error_name(exc.errno)}"] += 1
             return
         self._counters["gate_overruns"] += self._gate.overruns
         self._gate.overruns = 0
@@ -115,7 +115,7 @@ class Waiting:
         try:
             sock = self._open_upstream(held, flow)
         except OSError as exc:
-            self._counters[f"gate_no_socket_{_name(exc.errno)}"] += 1
+            self._counters[f"gate_no_socket_{sockets.error_name(exc.errno)}"] += 1
             self._say(self._gate.direct, held)
             return
         attempt = _Attempt(flow, sock, [held])
@@ -152,7 +152,7 @@ class Waiting:
 
     def _failed(self, attempt: _Attempt, error: int) -> None:
         """The application's own connect(2) shall find that out."""
-        self._counters[f"connect_failed_{_name(error)}"] += 1
+        self._counters[f"connect_failed_{sockets.error_name(error)}"] += 1
         del self._attempts[attempt.flow]
         for held in attempt.held:
             self._say(self._gate.direct, held)
@@ -168,7 +168,7 @@ class Waiting:
         try:
             verdict(held)
         except OSError as exc:  # it waits on, and is dropped with the gate
-            self._counters[f"gate_failed_{_name(exc.errno)}"] += 1
+            self._counters[f"gate_failed_{sockets.error_name(exc.errno)}"] += 1
 
     def _expire(self, flow: Flow) -> None:
         found = self._ready.pop(flow, None)
@@ -176,7 +176,3 @@ class Waiting:
             sock, timer = found
             timer.cancel()
             self._loop.close(sock)
-
-
-def _name(error: int | None) -> str:
-    return errno.errorcode.get(error or 0, str(error)).lower()

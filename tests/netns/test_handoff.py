@@ -15,7 +15,7 @@ from netns import injection_fixtures
 from netns.http_peer import DEADLINE_S, FAMILIES, make_head
 from podspan.agent.exchange import FLAG_SAMPLED, End, Link, Protocol, Role
 from podspan.agent.kernel import handoff, program, syscall
-from podspan.agent.kernel.handoff import AGENT_MARK, Handoff, Tuple
+from podspan.agent.kernel.handoff import Handoff, Tuple
 from podspan.agent.kernel.options import (
     POLICY_ENROL,
     POLICY_REDIRECT,
@@ -24,7 +24,7 @@ from podspan.agent.kernel.options import (
 )
 from podspan.agent.kernel.tracer import Tracer
 from podspan.agent.redirect.inject import Given
-from podspan.init import plan
+from podspan.init.plan import AGENT_MARK
 
 kernel_stays_calm = injection_fixtures.kernel_stays_calm
 shared_injection = injection_fixtures.shared_injection
@@ -333,7 +333,6 @@ class TestStructs:
             assert (info.key_size, info.value_size) == (key, value), name
 
     def test_the_mark_is_the_kernels_and_the_rules(self):
-        assert plan.AGENT_MARK == AGENT_MARK
         source = program.read_source("handoff.h")
         assert f"#define AGENT_MARK {AGENT_MARK:#x}\n" in source
 

@@ -25,10 +25,11 @@ from podspan.agent.exchange import (
 )
 from podspan.agent.ids import derive_id
 from podspan.agent.kernel import syscall
-from podspan.agent.kernel.handoff import AGENT_MARK, Handoff, Tuple
+from podspan.agent.kernel.handoff import Handoff, Tuple
 from podspan.agent.kernel.options import POLICY_REDIRECT, Options
 from podspan.agent.kernel.tracer import Tracer
 from podspan.agent.redirect.inject import Given
+from podspan.init.plan import AGENT_MARK
 from vm.conftest import BACK, CLIENT, FRONT, PODS, Agent, Pod
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
