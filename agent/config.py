@@ -7,16 +7,17 @@ whatever is wrong in it is a UsageError before anything is loaded.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from podspan.agent import values
 from podspan.agent.engine import ENGINES
 from podspan.agent.errors import UsageError
 from podspan.agent.tags import CONVENTIONS
 from podspan.agent.url import TARGET_CUT
+from podspan.agent.values import Address
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SPAN_IDS = ("shared", "child")
@@ -26,7 +27,6 @@ INBOUND_SOURCES = ("auto", "loopback")
 
 MAX_CONNECTIONS = 2**20
 MAX_WORKERS = 64
-DAY_S = 24 * 60 * 60
 
 # A busy node delays a heartbeat by more than one interval; that ends no redirection.
 MISSED_BEATS = 3
@@ -44,23 +44,8 @@ examples:
 """
 
 
-@dataclass(frozen=True, slots=True)
-class StatusAddress:
-    """Where the status port is."""
-
-    host: str  # of IPv4 or IPv6, or a name
-    port: int
-    named: bool = True  # by the user
-
-    def __str__(self) -> str:
-        """Return it as it is written."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-
 # Istio has 15000 to 15021, 15053 and 15090, and had 15029 to 15032.
-STATUS_ADDRESS = StatusAddress("127.0.0.1", 15025, named=False)
-NONE = "none"
+STATUS_ADDRESS = Address("127.0.0.1", 15025, named=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +71,7 @@ class Config:
     inbound_source: str  # one of INBOUND_SOURCES
     heartbeat_interval: float  # seconds
     guard_grace: float  # seconds; at least MISSED_BEATS intervals
-    status_address: StatusAddress | None
+    status_address: Address | None
     log_level: str
     ready_file: str | None
 
@@ -96,92 +81,9 @@ class Config:
         return " ".join(f"{name}={_shown(getattr(self, name))!r}" for name in names)
 
 
-def _text(text: str) -> str:
-    if not text:
-        raise ValueError("it is empty")
-    return text
-
-
-def _switch(text: str) -> bool:
-    switches = {"1": True, "true": True, "yes": True, "on": True}
-    switches |= {"": False, "0": False, "false": False, "no": False, "off": False}
-    try:
-        return switches[text.lower()]
-    except KeyError:
-        raise ValueError("use 1 or 0") from None
-
-
-def _patterns(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
-
-
-def _number(least: int, most: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        # isdigit: int() also takes signs, spaces, underscores.
-        plain = text.isascii() and text.isdigit() and len(text) <= len(str(most))
-        if not plain or not least <= int(text) <= most:
-            raise ValueError(f"use a number from {least} to {most}")
-        return int(text)
-
-    return read
-
-
-def _seconds(least: float, most: float) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        plain = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?", text)
-        if not plain or not least <= float(text) <= most:
-            raise ValueError(
-                f"use {least:g} to {most:g} seconds, with three decimals at most"
-            )
-        return float(text)
-
-    return read
-
-
-def status_address(text: str) -> StatusAddress | None:
-    """Return the address of ADDR:PORT; None where it is `none` or empty.
-
-    Raises ValueError.
-    """
-    if text in ("", NONE):
-        return None
-    host, colon, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    # As in a URL: else the end of an IPv6 address would be a port.
-    if not colon or (":" in bare) != host.startswith("[") or bare == "[":
-        raise ValueError("use ADDR:PORT, [IPV6]:PORT, or none")
-    return StatusAddress(bare or "0.0.0.0", _number(1, 65535)(port))
-
-
-def _percent(text: str) -> float:
-    # Istio counts in hundredths of a percent, as Envoy does.
-    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,2})?", text) or float(text) > 100:
-        raise ValueError("use 0 to 100, with two decimals at most")
-    return float(text)
-
-
-def _one_of(*words: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text.lower() not in words:
-            raise ValueError(f"use one of {', '.join(words)}")
-        return text.lower()
-
-    return read
-
-
-def _some_of(*words: str) -> Callable[[str], frozenset[str]]:
-    def read(text: str) -> frozenset[str]:
-        parts = frozenset(part.lower() for part in _patterns(text))
-        if not parts or not parts <= set(words):
-            raise ValueError(f"use one or more of {', '.join(words)}")
-        return parts
-
-    return read
-
-
 def _shown(value: Any) -> Any:
     """Return a value as people write it."""
-    if isinstance(value, StatusAddress):
+    if isinstance(value, Address):
         return str(value)
     return ",".join(sorted(value)) if isinstance(value, frozenset) else value
 
@@ -209,26 +111,28 @@ class Option:
 
 
 OPTIONS = (
-    Option("--zipkin", "URL", None, _text, "POST spans to this collector (Zipkin v2)"),
+    Option(
+        "--zipkin", "URL", None, values.text, "POST spans to this collector (Zipkin v2)"
+    ),
     Option(
         "--json",
         "FILE",
         None,
-        _text,
+        values.text,
         "append spans to this file, one JSON object per line; - is standard output",
     ),
     Option(
         "--tree",
         "",
         False,
-        _switch,
+        values.switch,
         "print traces as trees; the default without --zipkin and --json",
     ),
     Option(
         "--netns",
         "GLOB",
         (),
-        _patterns,
+        values.patterns,
         "trace only network namespaces so named; repeatable, commas in the variable",
         repeats=True,
     ),
@@ -236,7 +140,7 @@ OPTIONS = (
         "--span-ids",
         "|".join(SPAN_IDS),
         "shared",
-        _one_of(*SPAN_IDS),
+        values.one_of(*SPAN_IDS),
         "a server's span has its caller's id, as Zipkin's, or is its child, as "
         "OpenTelemetry's",
     ),
@@ -244,58 +148,58 @@ OPTIONS = (
         "--sampling",
         "PERCENT",
         100.0,
-        _percent,
+        values.percent,
         "record so much of what begins here, or comes without a decision",
     ),
     Option(
         "--unsampled",
         "|".join(UNSAMPLED),
         "0",
-        _one_of(*UNSAMPLED),
+        values.one_of(*UNSAMPLED),
         "tell the next hop that a request is not sampled, or let it decide",
     ),
     Option(
         "--propagate",
         "LIST",
         frozenset({"b3multi"}),
-        _some_of(*PROPAGATED),
+        values.some_of(*PROPAGATED),
         f"headers to write, with commas between: {', '.join(PROPAGATED)}",
     ),
-    Option("--no-tcp", "", False, _switch, "no spans of what is not HTTP"),
+    Option("--no-tcp", "", False, values.switch, "no spans of what is not HTTP"),
     Option(
         "--tcp-interval",
         "SECONDS",
         0,
-        _number(0, DAY_S),
+        values.number(0, values.DAY_S),
         "a span per so many seconds of a TCP connection; 0, the default: one in all",
     ),
     Option(
         "--tags",
         "|".join(CONVENTIONS),
         "istio",
-        _one_of(*CONVENTIONS),
+        values.one_of(*CONVENTIONS),
         "name and tag spans as Istio's sidecars do, or by OpenTelemetry's conventions",
     ),
     Option(
         "--max-path",
         "N",
         TARGET_CUT,
-        _number(1, TARGET_CUT),
+        values.number(1, TARGET_CUT),
         "longest path, its query included, in a tag",
     ),
-    Option("--no-query", "", False, _switch, "leave query strings off"),
+    Option("--no-query", "", False, values.switch, "leave query strings off"),
     Option(
         "--max-connections",
         "N",
         16384,
-        _number(1, MAX_CONNECTIONS),
+        values.number(1, MAX_CONNECTIONS),
         "connections traced at the same time",
     ),
     Option(
         "--engine",
         "|".join(ENGINES),
         "auto",
-        _one_of(*ENGINES),
+        values.one_of(*ENGINES),
         "what writes headers into requests; auto: the kernel, where its self-test "
         "passes, and workers for the edge and HTTP/2. A pod's podspan.io/engine wins",
     ),
@@ -303,14 +207,14 @@ OPTIONS = (
         "--redirect-workers",
         "N",
         1,
-        _number(1, MAX_WORKERS),
+        values.number(1, MAX_WORKERS),
         "processes for redirected connections; none runs while no pod needs one",
     ),
     Option(
         "--inbound-source",
         "|".join(INBOUND_SOURCES),
         "auto",
-        _one_of(*INBOUND_SOURCES),
+        values.one_of(*INBOUND_SOURCES),
         "a pod sees redirected clients by their own address where init and kernel "
         "allow, else by 127.0.0.6, as in Istio; loopback: always that",
     ),
@@ -318,14 +222,14 @@ OPTIONS = (
         "--heartbeat-interval",
         "SECONDS",
         0.25,
-        _seconds(0.1, 60),
+        values.seconds(0.1, 60),
         "tell the redirect guard so often that the agent is alive",
     ),
     Option(
         "--guard-grace",
         "SECONDS",
         2.0,
-        _seconds(0.3, 600),
+        values.seconds(0.3, 600),
         "redirect no new connection once the last heartbeat is older; at least "
         f"{MISSED_BEATS} intervals",
     ),
@@ -333,16 +237,18 @@ OPTIONS = (
         "--status-address",
         "ADDR:PORT",
         STATUS_ADDRESS,
-        status_address,
+        values.address,
         "answer /healthz, /readyz, /metrics and podspan doctor here; :PORT is every "
         "address, which probes and Prometheus need in a pod; none: nowhere",
     ),
-    Option("--log-level", "L", "info", _one_of(*LOG_LEVELS), ", ".join(LOG_LEVELS)),
+    Option(
+        "--log-level", "L", "info", values.one_of(*LOG_LEVELS), ", ".join(LOG_LEVELS)
+    ),
     Option(
         "--ready-file",
         "PATH",
         None,
-        _text,
+        values.text,
         "write the process id here once everything is attached",
     ),
 )

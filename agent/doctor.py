@@ -24,13 +24,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
-from podspan.agent import config, version
-from podspan.agent.config import STATUS_ADDRESS, StatusAddress
+from podspan.agent import config, values, version
+from podspan.agent.config import STATUS_ADDRESS
 from podspan.agent.errors import KernelError, PodspanError, UsageError
 from podspan.agent.kernel import selftest
 from podspan.agent.kernel.guard import PIN_DIR, require_bpffs
 from podspan.agent.kernel.options import POLICY_ENROL, POLICY_TRACE, Options
 from podspan.agent.kernel.tracer import Programs, cgroup_root, require_kprobes
+from podspan.agent.values import Address
 
 # The oldest kernel that the tests run on.
 OLDEST: Final = (6, 1)
@@ -113,7 +114,7 @@ class Facts:
     container: bool
     node_pids: bool  # the node's processes are seen
     holder: int | None  # the process that holds the agents' lock
-    address: StatusAddress | None  # of the status port, which was asked
+    address: Address | None  # of the status port, which was asked
     agent: Mapping[str, Any] | None  # what it answered
     silence: str  # why it did not
     now_s: float  # since 1970
@@ -419,7 +420,7 @@ def _duration(seconds: float) -> str:
 # Facts.
 
 
-def look(address: StatusAddress | None, environment: Mapping[str, str]) -> Facts:
+def look(address: Address | None, environment: Mapping[str, str]) -> Facts:
     """Gather the facts of this process's node, without changing anything."""
     agent, silence = ask(address)
     cgroup = _tried(cgroup_root)
@@ -552,7 +553,7 @@ def lock_holder(directory: Path, locks: Path = LOCKS) -> int | None:
     return None
 
 
-def ask(address: StatusAddress | None) -> tuple[Mapping[str, Any] | None, str]:
+def ask(address: Address | None) -> tuple[Mapping[str, Any] | None, str]:
     """Return what an agent says at its status port, or None and why it does not."""
     if address is None:
         return None, "it was not asked"
@@ -679,13 +680,13 @@ def _pods(agent: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _address(given: str | None, environment: Mapping[str, str]) -> StatusAddress | None:
+def _address(given: str | None, environment: Mapping[str, str]) -> Address | None:
     """Return where to ask: as said, else as the agent in this pod is told."""
     text = given if given is not None else environment.get(ADDRESS_VARIABLE, "")
     if given is None and not text:
         return STATUS_ADDRESS
     try:
-        return config.status_address(text)
+        return values.address(text)
     except ValueError as exc:
         source = ADDRESS_VARIABLE if given is None else "--address"
         raise UsageError(

@@ -26,9 +26,9 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Final
 
 from podspan.agent import metrics
-from podspan.agent.config import StatusAddress
 from podspan.agent.errors import StatusError
 from podspan.agent.metrics import Snapshot
+from podspan.agent.values import Address
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class StatusServer:
 
     def __init__(
         self,
-        address: StatusAddress,
+        address: Address,
         read: Callable[[], Snapshot],
         ready: Callable[[], bool],
     ) -> None:
@@ -203,7 +203,7 @@ def _is_whole(head: bytes) -> bool:
 
 
 def open_status(
-    address: StatusAddress | None,
+    address: Address | None,
     read: Callable[[], Snapshot],
     ready: Callable[[], bool],
 ) -> StatusServer | None:
@@ -222,7 +222,7 @@ def open_status(
         return None
 
 
-def _listen(address: StatusAddress) -> socket.socket:
+def _listen(address: Address) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         return socket.create_server(

@@ -3,16 +3,15 @@
 import dataclasses
 
 import pytest
-from podspan.agent import config
+from podspan.agent import config, values
 from podspan.agent.config import (
     OPTIONS,
     STATUS_ADDRESS,
     Config,
-    StatusAddress,
     parse,
-    status_address,
 )
 from podspan.agent.errors import UsageError
+from podspan.agent.values import Address
 
 DEFAULTS = Config(
     zipkin=None,
@@ -78,7 +77,7 @@ def test_flags():
         inbound_source="loopback",
         heartbeat_interval=0.5,
         guard_grace=1.5,
-        status_address=StatusAddress("::1", 9000),
+        status_address=Address("::1", 9000),
         log_level="debug",
         ready_file="r",
     )
@@ -212,16 +211,16 @@ def test_a_list_is_shown_as_it_is_written():
 @pytest.mark.parametrize(
     ("text", "address"),
     [
-        ("0.0.0.0:15025", StatusAddress("0.0.0.0", 15025)),
-        (":8080", StatusAddress("0.0.0.0", 8080)),
-        ("localhost:80", StatusAddress("localhost", 80)),
-        ("[::]:1", StatusAddress("::", 1)),
+        ("0.0.0.0:15025", Address("0.0.0.0", 15025)),
+        (":8080", Address("0.0.0.0", 8080)),
+        ("localhost:80", Address("localhost", 80)),
+        ("[::]:1", Address("::", 1)),
         ("none", None),
         ("", None),
     ],
 )
 def test_a_status_address(text, address):
-    assert status_address(text) == address
+    assert values.address(text) == address
     assert parse(["--status-address", text], {}).status_address == address
 
 
@@ -234,5 +233,5 @@ def test_what_is_no_status_address_is_refused(text):
 
 
 def test_a_status_address_is_shown_as_it_is_written():
-    assert str(StatusAddress("::1", 9000)) == "[::1]:9000"
+    assert str(Address("::1", 9000)) == "[::1]:9000"
     assert "status_address='127.0.0.1:15025'" in DEFAULTS.facts()

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from podspan.agent import doctor, metrics
-from podspan.agent.config import STATUS_ADDRESS, StatusAddress
+from podspan.agent.config import STATUS_ADDRESS
 from podspan.agent.doctor import Facts, Level, examine
 from podspan.agent.errors import FeatureMissing, KernelError, UsageError
 from podspan.agent.status import StatusServer
+from podspan.agent.values import Address
 from unit.test_metrics import snapshot
 
 FAULT = "FIONREAD answers 0 where 100 bytes wait"
@@ -186,10 +187,8 @@ class Agent:
 
     def __init__(self):
         now = snapshot(updated_s=time.monotonic())
-        self.server = StatusServer(
-            StatusAddress("127.0.0.1", 0), lambda: now, lambda: True
-        )
-        self.address = StatusAddress("127.0.0.1", self.server.port)
+        self.server = StatusServer(Address("127.0.0.1", 0), lambda: now, lambda: True)
+        self.address = Address("127.0.0.1", self.server.port)
 
 
 @pytest.fixture
@@ -204,7 +203,7 @@ def test_an_agent_is_asked(agent):
         json.loads(metrics.to_json(agent.server.read())),
         "",
     )
-    everywhere = StatusAddress("0.0.0.0", agent.address.port)
+    everywhere = Address("0.0.0.0", agent.address.port)
     assert doctor.ask(everywhere)[1] == ""
 
 
@@ -270,9 +269,9 @@ def test_nfnetlink_queue_is_looked_for_where_modprobe_does(tmp_path):
     [
         (None, {}, STATUS_ADDRESS),
         (None, {"PODSPAN_STATUS_ADDRESS": ""}, STATUS_ADDRESS),
-        (None, {"PODSPAN_STATUS_ADDRESS": ":9000"}, StatusAddress("0.0.0.0", 9000)),
+        (None, {"PODSPAN_STATUS_ADDRESS": ":9000"}, Address("0.0.0.0", 9000)),
         ("none", {"PODSPAN_STATUS_ADDRESS": ":9000"}, None),
-        ("[::1]:80", {}, StatusAddress("::1", 80)),
+        ("[::1]:80", {}, Address("::1", 80)),
     ],
 )
 def test_the_agent_is_asked_where_it_was_told_to_be(given, environment, address):

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from podspan.agent import config, service, status
+from podspan.agent import config, service, status, values
 from podspan.agent.engine import Plan
 from podspan.agent.errors import (
     ExportError,
@@ -507,7 +507,7 @@ def test_the_status_port_says_what_the_loop_has_done(monkeypatch):
     monkeypatch.setattr(service, "open_status", open_and_keep)
     tracer = ExitingTracer(finish(), until(look), on_enter=expect_not_ready)
     tracer.lost = {"ring_full": 3}
-    address = config.StatusAddress("127.0.0.1", 0)
+    address = values.Address("127.0.0.1", 0)
     run(replace(settings(), status_address=address), tracer)
     assert said[0]["engine"] == "kernel"
     assert said[-1]["spans"] == 1

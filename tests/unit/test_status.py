@@ -10,12 +10,12 @@ from contextlib import suppress
 
 import pytest
 from podspan.agent import status
-from podspan.agent.config import StatusAddress
 from podspan.agent.errors import StatusError
 from podspan.agent.status import StatusServer, open_status
+from podspan.agent.values import Address
 from unit.test_metrics import samples, snapshot
 
-ANY = StatusAddress("127.0.0.1", 0)
+ANY = Address("127.0.0.1", 0)
 
 
 class Port:
@@ -177,13 +177,13 @@ def test_one_agent_after_another_gets_the_same_port():
     first = Port()
     first.ask("/metrics")
     first.server.close()
-    address = StatusAddress("127.0.0.1", first.server.port)
+    address = Address("127.0.0.1", first.server.port)
     StatusServer(address, first.read, lambda: True).close()
 
 
 def test_an_address_that_is_taken_is_an_error_only_if_the_user_named_it(port, caplog):
     def open_taken(named):
-        address = StatusAddress("127.0.0.1", port.server.port, named=named)
+        address = Address("127.0.0.1", port.server.port, named=named)
         return open_status(address, port.read, lambda: True)
 
     with pytest.raises(StatusError, match="another process has the status port") as it:
@@ -196,7 +196,7 @@ def test_an_address_that_is_taken_is_an_error_only_if_the_user_named_it(port, ca
 
 def test_an_address_that_is_not_ours_is_an_error(port):
     with pytest.raises(StatusError, match=r"192\.0\.2\.1:0"):
-        open_status(StatusAddress("192.0.2.1", 0), port.read, lambda: True)
+        open_status(Address("192.0.2.1", 0), port.read, lambda: True)
 
 
 def test_none_serves_nowhere(port):

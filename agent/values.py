@@ -1,0 +1,152 @@
+"""Texts that people write in options, and what they mean.
+
+Each reader makes a value of a text or raises ValueError, which says what to write.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NONE = "none"
+
+DAY_S = 24 * 60 * 60
+
+_AGES_S = {"s": 1, "m": 60, "h": 60 * 60, "d": DAY_S}
+_SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen."""
+
+    host: str  # of IPv4 or IPv6, or a name
+    port: int
+    named: bool = True  # by the user
+
+    def __str__(self) -> str:
+        """Return it as it is written."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def text(text: str) -> str:
+    """Return what is not empty."""
+    if not text:
+        raise ValueError("it is empty")
+    return text
+
+
+def switch(text: str) -> bool:
+    """Return whether it is on."""
+    switches = {"1": True, "true": True, "yes": True, "on": True}
+    switches |= {"": False, "0": False, "false": False, "no": False, "off": False}
+    try:
+        return switches[text.lower()]
+    except KeyError:
+        raise ValueError("use 1 or 0") from None
+
+
+def patterns(text: str) -> tuple[str, ...]:
+    """Return the parts between commas."""
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
+def number(least: int, most: int) -> Callable[[str], int]:
+    """Return the reader of a whole number."""
+
+    def read(text: str) -> int:
+        # isdigit: int() also takes signs, spaces, underscores.
+        plain = text.isascii() and text.isdigit() and len(text) <= len(str(most))
+        if not plain or not least <= int(text) <= most:
+            raise ValueError(f"use a number from {least} to {most}")
+        return int(text)
+
+    return read
+
+
+def seconds(least: float, most: float) -> Callable[[str], float]:
+    """Return the reader of so many seconds."""
+
+    def read(text: str) -> float:
+        plain = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?", text)
+        if not plain or not least <= float(text) <= most:
+            raise ValueError(
+                f"use {least:g} to {most:g} seconds, with three decimals at most"
+            )
+        return float(text)
+
+    return read
+
+
+def percent(text: str) -> float:
+    """Return a percentage; Istio counts in its hundredths, as Envoy does."""
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,2})?", text) or float(text) > 100:
+        raise ValueError("use 0 to 100, with two decimals at most")
+    return float(text)
+
+
+def age(text: str) -> int:
+    """Return seconds, of 90s, 15m, 12h or 7d."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+    if not match or not int(match[1]):
+        raise ValueError("use a time such as 90s, 15m, 12h or 7d")
+    return int(match[1]) * _AGES_S[match[2]]
+
+
+def size(text: str) -> int:
+    """Return bytes, of 1048576, 512KiB, 64MiB or 2GiB; the iB may be left out."""
+    match = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])(?:iB)?)?", text)
+    if not match:
+        raise ValueError("use a size such as 1048576, 64MiB or 2GiB")
+    return int(match[1]) * _SIZES[(match[2] or "").lower()]
+
+
+def age_text(age_s: int) -> str:
+    """Return what `age` reads."""
+    unit = next(unit for unit in "dhms" if age_s % _AGES_S[unit] == 0)
+    return f"{age_s // _AGES_S[unit]}{unit}"
+
+
+def size_text(size: int) -> str:
+    """Return what `size` reads."""
+    if size == 0:
+        return "0"
+    unit = next(unit for unit in ("t", "g", "m", "k", "") if size % _SIZES[unit] == 0)
+    return f"{size // _SIZES[unit]}{unit.upper()}{'iB' if unit else ''}"
+
+
+def address(text: str) -> Address | None:
+    """Return the address of ADDR:PORT; None where it is `none` or empty."""
+    if text in ("", NONE):
+        return None
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    # As in a URL: else the end of an IPv6 address would be a port.
+    if not colon or (":" in bare) != host.startswith("[") or bare == "[":
+        raise ValueError("use ADDR:PORT, [IPV6]:PORT, or none")
+    return Address(bare or "0.0.0.0", number(1, 65535)(port))
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """Return the reader of one of these words."""
+
+    def read(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(f"use one of {', '.join(words)}")
+        return text.lower()
+
+    return read
+
+
+def some_of(*words: str) -> Callable[[str], frozenset[str]]:
+    """Return the reader of some of these words, with commas between."""
+
+    def read(text: str) -> frozenset[str]:
+        parts = frozenset(part.lower() for part in patterns(text))
+        if not parts or not parts <= set(words):
+            raise ValueError(f"use one or more of {', '.join(words)}")
+        return parts
+
+    return read
