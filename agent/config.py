@@ -17,12 +17,14 @@ from podspan.agent.engine import ENGINES
 from podspan.agent.errors import UsageError
 from podspan.agent.tags import CONVENTIONS
 from podspan.agent.url import TARGET_CUT
-from podspan.agent.values import Address
+from podspan.agent.values import Address, Secret
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SPAN_IDS = ("shared", "child")
+SYNCS = ("never", "segment", "batch")
 UNSAMPLED = ("0", "defer")
 PROPAGATED = ("b3multi", "b3", "tracecontext")
+OTLP_ENCODINGS = ("protobuf", "json")
 INBOUND_SOURCES = ("auto", "loopback")
 
 MAX_CONNECTIONS = 2**20
@@ -33,10 +35,14 @@ MISSED_BEATS = 3
 
 EXAMPLES = """\
 examples:
-  podspan agent --tree
-      print the traces of this machine's HTTP calls
+  podspan agent
+      keep the traces of this machine's calls, and show them on http://127.0.0.1:9411/
   podspan agent --zipkin http://zipkin.istio-system:9411
-      send them to Zipkin, Jaeger or an OpenTelemetry Collector
+      send them to Zipkin, or to anything that takes its format
+  podspan agent --otlp https://collector:4318 --otlp-headers-file /run/secrets/otlp
+      send them to Jaeger, Tempo or an OpenTelemetry Collector
+  podspan agent --tree
+      print them
   podspan agent --json - --netns 'cni-*' | jq .name
       the spans of pods only, one JSON object per line
   PODSPAN_ZIPKIN=http://localhost:9411 podspan agent
@@ -47,14 +53,35 @@ examples:
 # Istio has 15000 to 15021, 15053 and 15090, and had 15029 to 15032.
 STATUS_ADDRESS = Address("127.0.0.1", 15025, named=False)
 
+# Zipkin's port, and its programs' default.
+STORE_ADDRESS = Address("127.0.0.1", 9411, named=False)
+
+DATA_DIR = "/var/lib/podspan"
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How to run `podspan agent`. Without any output it prints trees."""
+    """How to run `podspan agent`. Without any output it keeps traces in a store."""
 
     zipkin: str | None
+    zipkin_headers_file: str | None
+    zipkin_headers: Secret | None
+    otlp: str | None
+    otlp_headers_file: str | None
+    otlp_headers: Secret | None
+    otlp_encoding: str  # one of OTLP_ENCODINGS
+    tls_ca: str | None
+    tls_cert: str | None
+    tls_key: str | None
     json: str | None
     tree: bool
+    store: bool
+    store_address: Address
+    store_max_age: int  # seconds
+    store_max_size: int  # bytes
+    data_dir: str | None  # None: DATA_DIR, where that can be had
+    spool_size: int  # bytes; 0: no spool
+    spool_sync: str  # one of SYNCS
     netns: tuple[str, ...]
     span_ids: str  # one of SPAN_IDS
     sampling: float  # percent, to the hundredth
@@ -80,10 +107,15 @@ class Config:
         names = self.__dataclass_fields__
         return " ".join(f"{name}={_shown(getattr(self, name))!r}" for name in names)
 
+    @property
+    def wants_store(self) -> bool:
+        """Whether traces are to be kept here: where they go nowhere else."""
+        return self.store or not (self.zipkin or self.otlp or self.json or self.tree)
+
 
 def _shown(value: Any) -> Any:
     """Return a value as people write it."""
-    if isinstance(value, Address):
+    if isinstance(value, Address | Secret):
         return str(value)
     return ",".join(sorted(value)) if isinstance(value, frozenset) else value
 
@@ -98,6 +130,8 @@ class Option:
     read: Callable[[str], Any]
     help: str
     repeats: bool = False
+    secret: bool = False  # a variable only: anybody may read a process's arguments
+    show: Callable[[Any], Any] = _shown
 
     @property
     def field(self) -> str:
@@ -112,8 +146,58 @@ class Option:
 
 OPTIONS = (
     Option(
-        "--zipkin", "URL", None, values.text, "POST spans to this collector (Zipkin v2)"
+        "--zipkin",
+        "URL",
+        None,
+        values.text,
+        "POST spans to this collector, in Zipkin's v2 format",
     ),
+    Option(
+        "--zipkin-headers-file",
+        "FILE",
+        None,
+        values.text,
+        "send the headers in this file, too, one `Name: value` per line; it is read "
+        "again when it changes. PODSPAN_ZIPKIN_HEADERS=NAME=VALUE,... adds more",
+    ),
+    Option("--zipkin-headers", "LIST", None, Secret, "", secret=True),
+    Option(
+        "--otlp",
+        "URL",
+        None,
+        values.text,
+        "POST spans to this collector by OTLP: Jaeger, Tempo, OpenTelemetry's own",
+    ),
+    Option(
+        "--otlp-headers-file",
+        "FILE",
+        None,
+        values.text,
+        "as --zipkin-headers-file; PODSPAN_OTLP_HEADERS adds more",
+    ),
+    Option("--otlp-headers", "LIST", None, Secret, "", secret=True),
+    Option(
+        "--otlp-encoding",
+        "|".join(OTLP_ENCODINGS),
+        "protobuf",
+        values.one_of(*OTLP_ENCODINGS),
+        "how spans are written in OTLP",
+    ),
+    Option(
+        "--tls-ca",
+        "FILE",
+        None,
+        values.text,
+        "trust the authorities in this file, not the system's, for https backends",
+    ),
+    Option(
+        "--tls-cert",
+        "FILE",
+        None,
+        values.text,
+        "show https backends this certificate; with --tls-key",
+    ),
+    Option("--tls-key", "FILE", None, values.text, "its private key"),
     Option(
         "--json",
         "FILE",
@@ -126,7 +210,62 @@ OPTIONS = (
         "",
         False,
         values.switch,
-        "print traces as trees; the default without --zipkin and --json",
+        "print traces as trees",
+    ),
+    Option(
+        "--store",
+        "",
+        False,
+        values.switch,
+        "keep traces in the embedded store, with a viewer and Zipkin's API; the "
+        "default without --zipkin, --otlp, --json and --tree",
+    ),
+    Option(
+        "--store-address",
+        "ADDR:PORT",
+        STORE_ADDRESS,
+        values.listening,
+        "serve them here; :PORT is every address",
+    ),
+    Option(
+        "--store-max-age",
+        "AGE",
+        7 * values.DAY_S,
+        values.age,
+        "forget traces that are older",
+        show=values.age_text,
+    ),
+    Option(
+        "--store-max-size",
+        "SIZE",
+        2 * 2**30,
+        values.size,
+        "forget the oldest traces beyond so much on disk",
+        show=values.size_text,
+    ),
+    Option(
+        "--data-dir",
+        "DIR",
+        None,
+        values.text,
+        f"the embedded store and the spool are in here; by default {DATA_DIR}",
+    ),
+    Option(
+        "--spool-size",
+        "SIZE",
+        256 * 2**20,
+        values.size,
+        "keep so much on disk, for each backend, while it does not take spans; beyond "
+        "that the oldest are dropped; 0: keep nothing",
+        show=values.size_text,
+    ),
+    Option(
+        "--spool-sync",
+        "|".join(SYNCS),
+        "batch",
+        values.one_of(*SYNCS),
+        "when the spool is forced onto the disk, which matters when the machine "
+        "fails, not when the agent does",
     ),
     Option(
         "--netns",
@@ -279,7 +418,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
 def _value(
     option: Option, given: argparse.Namespace, environment: Mapping[str, str]
 ) -> Any:
-    value = getattr(given, option.field)
+    value = getattr(given, option.field, None)
     source = option.flag
     if value is None:
         source = option.variable
@@ -320,11 +459,33 @@ def _check(config: Config) -> None:
             "would end the redirection",
             f"use --guard-grace {least:g} or more, or a shorter interval",
         )
+    _check_backends(config)
+
+
+def _check_backends(config: Config) -> None:
+    for backend in ("zipkin", "otlp"):
+        if getattr(config, backend) is None:
+            _need(config, f"--{backend}", f"{backend}_headers_file")
+    urls = (config.zipkin or "", config.otlp or "")
+    if not any(url.startswith("https:") for url in urls):
+        _need(config, "an https backend", "tls_ca", "tls_cert", "tls_key")
+    if (config.tls_cert is None) != (config.tls_key is None):
+        raise UsageError(
+            "--tls-cert and --tls-key mean something only together",
+            "a file that holds both can be named twice",
+        )
     if config.zipkin is not None:
         # Here, not above: `podspan agent --help` needs no HTTP client.
         from podspan.agent.export.zipkin import zipkin_endpoint  # noqa: PLC0415
 
         zipkin_endpoint(config.zipkin)
+
+
+def _need(config: Config, what: str, *fields: str) -> None:
+    for field in fields:
+        if getattr(config, field) is not None:
+            flag = f"--{field.replace('_', '-')}"
+            raise UsageError(f"{flag} means nothing without {what}", "leave it off")
 
 
 def _unknown(word: str) -> UsageError:
@@ -355,8 +516,10 @@ def _parser() -> _Parser:
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this")
     for option in OPTIONS:
+        if option.secret:
+            continue
         text = f"{option.help} [{option.variable}"
-        text += f", {_shown(option.default)}]" if option.default else "]"
+        text += f", {option.show(option.default)}]" if option.default else "]"
         if not option.metavar:
             parser.add_argument(
                 option.flag, action="store_const", const=True, help=text

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NONE = "none"
 
@@ -29,6 +29,17 @@ class Address:
         """Return it as it is written."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A text that is shown nowhere."""
+
+    text: str = field(repr=False)
+
+    def __str__(self) -> str:
+        """Return that there is one."""
+        return "(set)"
 
 
 def text(text: str) -> str:
@@ -127,6 +138,14 @@ def address(text: str) -> Address | None:
     if not colon or (":" in bare) != host.startswith("[") or bare == "[":
         raise ValueError("use ADDR:PORT, [IPV6]:PORT, or none")
     return Address(bare or "0.0.0.0", number(1, 65535)(port))
+
+
+def listening(text: str) -> Address:
+    """Return the address of ADDR:PORT."""
+    found = address(text)
+    if found is None:
+        raise ValueError("use ADDR:PORT or [IPV6]:PORT")
+    return found
 
 
 def one_of(*words: str) -> Callable[[str], str]:

@@ -11,12 +11,28 @@ from podspan.agent.config import (
     parse,
 )
 from podspan.agent.errors import UsageError
-from podspan.agent.values import Address
+from podspan.agent.values import Address, Secret
 
 DEFAULTS = Config(
     zipkin=None,
+    zipkin_headers_file=None,
+    zipkin_headers=None,
+    otlp=None,
+    otlp_headers_file=None,
+    otlp_headers=None,
+    otlp_encoding="protobuf",
+    tls_ca=None,
+    tls_cert=None,
+    tls_key=None,
     json=None,
     tree=False,
+    store=False,
+    store_address=Address("127.0.0.1", 9411, named=False),
+    store_max_age=7 * 86400,
+    store_max_size=2 * 2**30,
+    data_dir=None,
+    spool_size=256 * 2**20,
+    spool_sync="batch",
     netns=(),
     span_ids="shared",
     sampling=100.0,
@@ -57,10 +73,31 @@ def test_flags():
     argv += ["--heartbeat-interval", "0.5", "--guard-grace", "1.5"]
     argv += ["--engine", "redirect", "--redirect-workers", "2"]
     argv += ["--inbound-source", "loopback", "--status-address", "[::1]:9000"]
+    argv += ["--otlp", "https://o", "--otlp-encoding", "json", "--tls-ca", "ca"]
+    argv += ["--tls-cert", "c", "--tls-key", "k", "--otlp-headers-file", "o.h"]
+    argv += ["--zipkin-headers-file", "z.h", "--store", "--store-address", ":9411"]
+    argv += ["--store-max-age", "36h", "--store-max-size", "10G", "--data-dir", "d"]
+    argv += ["--spool-size", "0", "--spool-sync", "never"]
     assert parse(argv, {}) == Config(
         zipkin="http://z:9411",
+        zipkin_headers_file="z.h",
+        zipkin_headers=None,
+        otlp="https://o",
+        otlp_headers_file="o.h",
+        otlp_headers=None,
+        otlp_encoding="json",
+        tls_ca="ca",
+        tls_cert="c",
+        tls_key="k",
         json="-",
         tree=False,
+        store=True,
+        store_address=Address("0.0.0.0", 9411),
+        store_max_age=36 * 3600,
+        store_max_size=10 * 2**30,
+        data_dir="d",
+        spool_size=0,
+        spool_sync="never",
         netns=("a*", "b"),
         span_ids="child",
         sampling=0.29,
@@ -166,6 +203,16 @@ def test_what_is_no_sampling_rate(text):
         (["--log-level", "loud"], "debug, info, warning, error", "--help"),
         (["--zipkin", "z:9411"], "not an http or https URL: 'z:9411'", "http://"),
         (["--zipkin", "http://"], "not a URL", "http://"),
+        (["--otlp-headers-file", "h"], "nothing without --otlp", "leave it off"),
+        (["--zipkin-headers-file", "h"], "nothing without --zipkin", "leave it off"),
+        (["--tls-ca", "f"], "nothing without an https backend", "leave it off"),
+        (["--otlp", "https://o", "--tls-key", "f"], "only together", "named twice"),
+        (["--otlp-encoding", "thrift"], "use one of protobuf, json", "--help"),
+        (["--store-address", "none"], "use ADDR:PORT or [IPV6]:PORT", "--help"),
+        (["--store-max-age", "0d"], "use a time such as 90s", "--help"),
+        (["--store-max-age", "7"], "use a time such as 90s", "--help"),
+        (["--store-max-size", "2GB"], "use a size such as 1048576", "--help"),
+        (["--spool-sync", "always"], "use one of never, segment, batch", "--help"),
         (["--json", "-", "--tree"], "both write to standard output", "--json spans"),
     ],
 )
@@ -190,11 +237,36 @@ def test_a_bad_variable_is_named(name, text):
 def test_help_names_every_flag_and_variable_and_ends_with_examples():
     text = config.help_text()
     for option in OPTIONS:
-        assert option.flag in text
+        assert option.secret or f"  {option.flag} " in f"{text} "
         assert option.variable in text
     assert text.index("examples:") > text.index(OPTIONS[-1].flag)
     assert config.wants_help(["--zipkin", "-h"])
     assert not config.wants_help(["--zipkin"])
+
+
+def test_secrets_come_by_variable_only_and_are_shown_nowhere():
+    environment = {"PODSPAN_OTLP_HEADERS": "authorization=Bearer hunter2"}
+    made = parse(["--otlp", "http://o"], environment)
+    assert made.otlp_headers == Secret("authorization=Bearer hunter2")
+    assert "hunter2" not in made.facts() + repr(made)
+    assert "otlp_headers='(set)'" in made.facts()
+    with pytest.raises(UsageError, match="unknown option '--otlp-headers'"):
+        parse(["--otlp-headers", "authorization=Bearer hunter2"], {})
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ([], True),
+        (["--zipkin", "http://z"], False),
+        (["--otlp", "http://o"], False),
+        (["--json", "x"], False),
+        (["--tree"], False),
+        (["--tree", "--store"], True),
+    ],
+)
+def test_the_store_is_where_traces_go_without_a_place(argv, wanted):
+    assert parse(argv, {}).wants_store is wanted
 
 
 def test_facts_name_every_setting():
@@ -235,3 +307,20 @@ def test_what_is_no_status_address_is_refused(text):
 def test_a_status_address_is_shown_as_it_is_written():
     assert str(Address("::1", 9000)) == "[::1]:9000"
     assert "status_address='127.0.0.1:15025'" in DEFAULTS.facts()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("1000", 1000), ("64K", 65536), ("64MiB", 2**26), ("2GiB", 2**31)],
+)
+def test_a_size(text, size):
+    assert values.size(text) == size
+    assert values.size(values.size_text(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "age_s"), [("90s", 90), ("15m", 900), ("12h", 43200), ("7d", 604800)]
+)
+def test_an_age(text, age_s):
+    assert values.age(text) == age_s
+    assert values.age_text(age_s) == text
