@@ -12,7 +12,8 @@ CASES ?= 1000000
 SEED ?= 1
 ARGS ?=
 
-.PHONY: help demo test check format lint test-unit fuzz test-netns test-vm setup clean
+.PHONY: help demo test check format lint test-unit fuzz test-netns test-browser test-peers \
+	test-vm setup clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,10 +28,10 @@ demo: $(READY) ## trace four services and print the trace
 	exec vagrant/vm run -- $(BIN)/podspan demo
 
 # Every tier runs, also after one that failed, and says its own summary.
-test: $(READY) ## everything: lint, unit, fuzz, netns, VM
+test: $(READY) ## everything: lint, unit, fuzz, netns, browser, peers, VM
 	@trap 'exit 130' INT TERM
 	failed=
-	for tier in lint test-unit fuzz test-netns test-vm; do
+	for tier in lint test-unit fuzz test-netns test-browser test-peers test-vm; do
 		echo "== $$tier"
 		$(MAKE) $$tier || failed+=" $$tier"
 	done
@@ -56,6 +57,12 @@ fuzz: $(READY) ## CASES streams through the scanner and its reference, from SEED
 
 test-netns: $(READY) ## root, this kernel
 	@$(BIN)/pytest tests/netns $(ARGS)
+
+test-browser: $(READY) ## the viewer in Chromium; pictures in .venv/cache/screenshots
+	@$(BIN)/pytest tests/browser $(ARGS)
+
+test-peers: $(READY) ## real Zipkin and Jaeger, fed by the demo
+	@$(BIN)/pytest tests/peers $(ARGS)
 
 test-vm: $(READY) ## a boot for each of KERNELS
 	@trap 'exit 130' INT TERM

@@ -24,15 +24,20 @@ setup(
             *(f"podspan.{folder}.{sub}" for sub in find_packages(folder)),
         )
     ],
-    package_data={"podspan.bpf": ["*.c", "*.h"]},
+    package_data={"podspan.bpf": ["*.c", "*.h"], "podspan.agent.store": ["viewer/*"]},
     install_requires=[
         # bcc compiles and loads bpf/. It comes from Debian (python3-bpfcc), not from
         # here: the package named bcc on PyPI is another thing.
         "python-iptables~=1.2",  # init: rules in legacy tables, through libxtables
         "h2~=4.4",  # redirect: frames, HPACK and flow control of HTTP/2
-        "msgpack~=1.2",  # redirect: what workers and agent tell each other
+        # What workers and agent tell each other; spans in the spool.
+        "msgpack~=1.2",
+        "opentelemetry-proto~=1.45",  # OTLP's messages
+        "orjson~=3.13",  # spans as JSON, and back
         "pyroute2~=0.9.7",  # namespaces, links and addresses by netlink
+        "scapy~=2.8",  # replay: reads captures
         "urllib3~=2.8",  # export: HTTP with connection reuse
+        "waitress~=3.0",  # store: a server of HTTP
     ],
     extras_require={
         # Exact, because a tool's next release may find what this one let pass.
@@ -41,10 +46,10 @@ setup(
             "grpcio==1.85.3",  # a real client and server through the HTTP/2 layer
             "hypothesis==6.170.15",  # hostile input: heads, B3 values
             "mypy==2.4.1",
+            "playwright==1.65.2",  # drives Chromium
             "prometheus-client==0.26.0",  # its parser reads our metrics
             "pytest==9.2.0",
             "ruff==0.17.6",
-            "scapy==2.8.0",  # reads the injected headers off the wire
         ],
     },
     entry_points={"console_scripts": ["podspan = podspan.agent.__main__:main"]},

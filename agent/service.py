@@ -14,7 +14,6 @@ import importlib.util
 import logging
 import os
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -22,7 +21,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from importlib import import_module
-from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -33,15 +31,12 @@ from podspan.agent.config import Config
 from podspan.agent.engine import KERNEL, Plan, plan_of
 from podspan.agent.errors import FeatureMissing, NoPrivilege, UsageError
 from podspan.agent.exchange import Exchange, Role
-from podspan.agent.export import Exporter
-from podspan.agent.export.jsonl import JsonLinesExporter
-from podspan.agent.export.tree import TreeExporter
-from podspan.agent.export.zipkin import ZipkinExporter
 from podspan.agent.kernel.enrol import Enrolment
 from podspan.agent.kernel.guard import Want
 from podspan.agent.kernel.options import Options
 from podspan.agent.kernel.state import Inherited
 from podspan.agent.metrics import PodStatus, Snapshot
+from podspan.agent.outputs import Outputs
 from podspan.agent.pods.kubernetes import cluster_of
 from podspan.agent.pods.names import ServiceNames
 from podspan.agent.pods.node import NodePods
@@ -50,7 +45,6 @@ from podspan.agent.pods.runtimes import GoProcesses
 from podspan.agent.span import Span, SpanOptions, span_of
 from podspan.agent.status import open_status
 from podspan.agent.steering import Steering
-from podspan.agent.tree import WIDTH
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +58,8 @@ CLOCK_S = 1.0
 STATUS_S = 1.0
 LOSSES_S = 10.0
 
-# How long the exporters together may go on after the signal.
-DRAIN_S = 5.0
-
 # Spans handed over at once; more than this do not pile up within one poll.
 HAND_OVER_SPANS = 256
-
-# Counters of an exporter that are losses.
-EXPORT_LOSSES = ("dropped", "failed", "refused")
 
 
 class Tracer(Protocol):
@@ -142,12 +130,12 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
     log.info("config: %s", config.facts())
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_signals())
-        exporters = _Exporters(stack, config)
+        outputs = Outputs(stack, config)
         pods_by_netns = _pods_by_netns(stack)
         names = ServiceNames(pods_by_netns=pods_by_netns)
         clock = Clock()
         options = SpanOptions(config.tags, config.max_path, not config.no_query)
-        sink = Sink(names, clock, exporters, options)
+        sink = Sink(names, clock, outputs, options)
         selection = Selection(names, config.netns)
         state = _State()
         status = open_status(config.status_address, state.read, state.is_ready)
@@ -184,7 +172,7 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         stack.callback(sink.hand_over)  # of what workers report at their end
         stack.callback(steering.close)
         losses = Losses(
-            lambda: {**tracer.losses(), **exporters.losses(), **steering.losses()}
+            lambda: {**tracer.losses(), **outputs.losses(), **steering.losses()}
         )
         stack.callback(losses.sum_up)
 
@@ -197,13 +185,13 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
                 spans=sink.spans,
                 pods=_pods(steering.plans, names),
                 losses=losses.read(),
-                exporters=exporters.counters(),
+                exporters=outputs.counters(),
                 redirect=steering.counters(),
             )
 
         tasks = [
             Periodic(config.heartbeat_interval, tracer.heartbeat),
-            Periodic(EXPORT_TICK_S, exporters.tick),
+            Periodic(EXPORT_TICK_S, outputs.tick),
             Periodic(SELECT_S, lambda: selection.follow(select)),
             Periodic(SELECT_S, lambda: tracer.set_sampling(_rates(pods_by_netns()))),
             Periodic(SELECT_S, steering.follow),
@@ -220,7 +208,7 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         if ready_file:
             stack.enter_context(_ready(ready_file))
         _loop(stop, tracer, sink, tasks)
-    log.info("ended: exchanges=%d spans=%d %s", sink.exchanges, sink.spans, exporters)
+    log.info("ended: exchanges=%d spans=%d %s", sink.exchanges, sink.spans, outputs)
     return 0
 
 
@@ -267,14 +255,14 @@ class Sink:
         self,
         names: ServiceNames,
         clock: Clock,
-        exporters: _Exporters,
+        outputs: Outputs,
         options: SpanOptions,
     ) -> None:
         self.exchanges = 0
         self.spans = 0
         self._names = names
         self._clock = clock
-        self._exporters = exporters
+        self._outputs = outputs
         self._options = options
         self._lot: list[Span] = []
         self._failure: Exception | None = None
@@ -309,62 +297,7 @@ class Sink:
     def _export(self) -> None:
         lot, self._lot = self._lot, []
         self.spans += len(lot)
-        self._exporters.export(lot)
-
-
-class _Exporters:
-    """All the places that the user chose, as one; closed when `stack` is."""
-
-    def __init__(self, stack: ExitStack, config: Config) -> None:
-        self._by_name: dict[str, Exporter] = {}
-        self._drain_until_s: float | None = None
-        if config.zipkin is not None:
-            self._add(stack, "zipkin", ZipkinExporter(config.zipkin))
-        if config.json is not None:
-            self._add(stack, "json", JsonLinesExporter(config.json))
-        if config.tree or not self._by_name:
-            width = shutil.get_terminal_size((WIDTH, 0)).columns
-            # A terminal that knows no blocks shows question marks, and no traceback.
-            if isinstance(sys.stdout, TextIOWrapper):
-                sys.stdout.reconfigure(errors="replace")
-            self._add(stack, "tree", TreeExporter(sys.stdout, width))
-
-    def _add(self, stack: ExitStack, name: str, exporter: Exporter) -> None:
-        self._by_name[name] = exporter
-        stack.callback(self._close, exporter)
-
-    def export(self, spans: list[Span]) -> None:
-        for exporter in self._by_name.values():
-            exporter.export(spans)
-
-    def tick(self) -> None:
-        for exporter in self._by_name.values():
-            exporter.tick()
-
-    def counters(self) -> dict[str, dict[str, int]]:
-        return {name: each.counters() for name, each in self._by_name.items()}
-
-    def losses(self) -> dict[str, int]:
-        return {
-            f"{name}_{reason}": counters[reason]
-            for name, exporter in self._by_name.items()
-            for counters in [exporter.counters()]
-            for reason in EXPORT_LOSSES
-            if reason in counters
-        }
-
-    def _close(self, exporter: Exporter) -> None:
-        now_s = time.monotonic()
-        if self._drain_until_s is None:
-            self._drain_until_s = now_s + DRAIN_S
-        exporter.close(max(0.0, self._drain_until_s - now_s))
-
-    def __str__(self) -> str:
-        return " ".join(
-            f"{name}_{key}={value}"
-            for name, exporter in self._by_name.items()
-            for key, value in exporter.counters().items()
-        )
+        self._outputs.export(lot)
 
 
 class _State:

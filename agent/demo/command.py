@@ -190,13 +190,13 @@ def _init(pods: Topology) -> None:
 
 def _collect(agent: Agent) -> list[Span]:
     """Wait for the spans, stop the agent, return all that it wrote."""
-    if not _until(lambda: not missing(_read(agent.spans)), agent.child, SPANS_S):
-        absent = "; ".join(map(str, missing(_read(agent.spans))))
+    if not _until(lambda: not missing(read_spans(agent.spans)), agent.child, SPANS_S):
+        absent = "; ".join(map(str, missing(read_spans(agent.spans))))
         raise agent.child.failure(f"did not write in {SPANS_S} s: {absent}")
     # What is written only at the end would be too much, and must be seen.
     if agent.child.stop():
         raise agent.child.failure("failed when it was asked to stop")
-    return _read(agent.spans)
+    return read_spans(agent.spans)
 
 
 def _report(spans: Sequence[Span], page: Any) -> None:
@@ -225,7 +225,7 @@ def _until(done: Callable[[], bool], child: Child, timeout_s: float) -> bool:
     return True
 
 
-def _read(path: Path) -> list[Span]:
+def read_spans(path: Path) -> list[Span]:
     """Read Zipkin's JSON lines, without one that is still being written."""
     try:
         lines = path.read_text().split("\n")[:-1]

@@ -26,14 +26,14 @@ def test_spans_are_read_as_they_were_written(tmp_path):
     spans = [SPAN, replace(SPAN, parent_id="000000000000000b", shared=True)]
     path = tmp_path / "spans.jsonl"
     path.write_text("".join(f"{zipkin_json(each)}\n" for each in spans))
-    assert command._read(path) == spans
+    assert command.read_spans(path) == spans
 
 
 def test_a_line_that_is_still_being_written_waits(tmp_path):
     path = tmp_path / "spans.jsonl"
-    assert command._read(path) == []
+    assert command.read_spans(path) == []
     path.write_text(f"{zipkin_json(SPAN)}\n" + zipkin_json(SPAN)[:40])
-    assert command._read(path) == [SPAN]
+    assert command.read_spans(path) == [SPAN]
 
 
 def test_an_unknown_option_is_the_users_error():
