@@ -86,9 +86,9 @@ def _list_of_spans() -> type[message.Message]:
             described.field.append(_field(number, *text.split()))
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return message_factory.GetMessageClass(
-        pool.FindMessageTypeByName(f"{PACKAGE}.ListOfSpans")
-    )
+    descriptor = pool.FindMessageTypeByName(f"{PACKAGE}.ListOfSpans")
+    made: type[message.Message] = message_factory.GetMessageClass(descriptor)
+    return made
 
 
 def _field(number: int, kind: str, name: str) -> descriptor_pb2.FieldDescriptorProto:

@@ -4,7 +4,7 @@ Whoever sends spans is not trusted: a value that Zipkin's model has no place for
 the whole message malformed, as in Zipkin's server, and nothing is kept of it. What is
 normalised, as by Zipkin's zipkin2.Span and zipkin2.Endpoint:
 
-- Ids become lower hex of 16 digits, trace ids of 16 or 32 (32 with a zero high half: 16).
+- Ids become lower hex of 16 digits, trace ids of 16 or 32 (with a zero high half: 16).
 - Names of spans and services become lower case; empty ones are left out, as are
   endpoints that say nothing, addresses that are none, and times that are not positive.
 - A parent that is zero or the span itself is none; a client's span is never shared.
@@ -18,10 +18,10 @@ characters and lone surrogates in texts, invalid UTF-8.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, cast
 
 import orjson
 from podspan.agent.errors import PodspanError
@@ -123,39 +123,22 @@ def _span(raw: Any) -> ZipkinSpan:
     if V1_FIELD in raw:
         raise MalformedSpans("Expected a JSON_V2 encoded list, but received: JSON_V1")
     get = raw.get
-    span: ZipkinSpan = {"traceId": trace_id_of(get("traceId"))}
-    span_id = _hex_digits(get("id"), "id", 16).zfill(16)
-    if (value := get("parentId")) is not None:
-        parent_id = _parent_id(value)
-        if parent_id and parent_id != span_id:
-            span["parentId"] = parent_id
-    span["id"] = span_id
-    if (kind := get("kind")) is not None:
-        if type(kind) is not str or kind not in KINDS:
-            raise MalformedSpans(f"kind is none of {' '.join(sorted(KINDS))}")
-        span["kind"] = kind
-    if (value := get("name")) is not None and (name := _text(value, "name")):
-        span["name"] = name.lower()
-    if (value := get("timestamp")) is not None:
-        if (time_us := _integer(value, "timestamp")) > 0:
-            span["timestamp"] = time_us
-    if (value := get("duration")) is not None:
-        if (time_us := _integer(value, "duration")) > 0:
-            span["duration"] = time_us
-    if (value := get("localEndpoint")) is not None and (end := _endpoint(value)):
-        span["localEndpoint"] = end
-    if (value := get("remoteEndpoint")) is not None and (end := _endpoint(value)):
-        span["remoteEndpoint"] = end
-    if value := get("annotations"):
-        span["annotations"] = _annotations(value)
-    if (value := get("tags")) is not None and (tags := _tags(value)):
-        span["tags"] = tags
-    if (value := get("debug")) is not None and _boolean(value, "debug"):
-        span["debug"] = True
-    if (value := get("shared")) is not None and _boolean(value, "shared"):
-        if kind != "CLIENT":
-            span["shared"] = True
-    return span
+    span: dict[str, Any] = {"traceId": trace_id_of(get("traceId"))}
+    for name, read in READERS:
+        # What reads as nothing, like an empty name, is left out.
+        if (value := get(name)) is not None and (known := read(value)):
+            span[name] = known
+    if "id" not in span:
+        raise MalformedSpans("Missing: id")
+    if span.get("parentId") == span["id"]:
+        del span["parentId"]
+    if "shared" in span and span.get("kind") == "CLIENT":
+        del span["shared"]
+    return cast(ZipkinSpan, span)
+
+
+def _id(value: object) -> str:
+    return _hex_digits(value, "id", 16).zfill(16)
 
 
 def _hex_digits(value: object, what: str, longest: int) -> str:
@@ -182,6 +165,16 @@ def _parent_id(value: object) -> str:
     return _hex_digits(value, "parentId", 16).zfill(16)
 
 
+def _kind(value: object) -> str:
+    if type(value) is not str or value not in KINDS:
+        raise MalformedSpans(f"kind is none of {' '.join(sorted(KINDS))}")
+    return value
+
+
+def _name(value: object) -> str:
+    return (value if type(value) is str else _text(value, "name")).lower()
+
+
 def _text(value: object, what: str) -> str:
     if type(value) is str:
         return value
@@ -190,20 +183,27 @@ def _text(value: object, what: str) -> str:
     raise MalformedSpans(f"Expected a string: {what}")
 
 
+def _time_us(value: object) -> int:
+    """Return a time or a duration in microseconds; 0 where it is none."""
+    return max(0, _integer(value, "time"))
+
+
 def _integer(value: object, what: str) -> int:
     number: int | None = None
     if type(value) is int:
         number = value
-    elif (type(value) is float and value.is_integer()) or (type(value) is str and _decimal(value)):
+    elif (type(value) is float and value.is_integer()) or (
+        type(value) is str and _decimal(value)
+    ):
         number = int(value)
     if number is None or not -MAX_INTEGER <= number <= MAX_INTEGER:
         raise MalformedSpans(f"Expected an integer of 64 bits: {what}")
     return number
 
 
-def _boolean(value: object, what: str) -> bool:
+def _boolean(value: object) -> bool:
     if type(value) is not bool:
-        raise MalformedSpans(f"Expected a boolean: {what}")
+        raise MalformedSpans("Expected a boolean: debug or shared")
     return value
 
 
@@ -213,20 +213,17 @@ def _endpoint(raw: Any) -> Endpoint:
         raise MalformedSpans("Expected an object: endpoint")
     get = raw.get
     endpoint: Endpoint = {}
-    if (value := get("serviceName")) is not None:
-        if service := _text(value, "serviceName"):
-            endpoint["serviceName"] = service.lower()
+    if (value := get("serviceName")) is not None and (service := _name(value)):
+        endpoint["serviceName"] = service
     # Either field may hold either family: the text decides.
     if (value := get("ipv4")) is not None:
         _add_address(endpoint, _text(value, "ipv4"))
     if (value := get("ipv6")) is not None:
         _add_address(endpoint, _text(value, "ipv6"))
-    if (value := get("port")) is not None:
-        port = _integer(value, "port")
+    if (value := get("port")) is not None and (port := _integer(value, "port")) > 0:
         if port > MAX_PORT:
             raise MalformedSpans(f"invalid port {port}")
-        if port > 0:
-            endpoint["port"] = port
+        endpoint["port"] = port
     return endpoint
 
 
@@ -280,6 +277,23 @@ def _tags(raw: Any) -> dict[str, str]:
     return tags
 
 
+# Field and reader, in the order of Zipkin's own JSON.
+READERS: Final[tuple[tuple[str, Callable[[Any], Any]], ...]] = (
+    ("parentId", _parent_id),
+    ("id", _id),
+    ("kind", _kind),
+    ("name", _name),
+    ("timestamp", _time_us),
+    ("duration", _time_us),
+    ("localEndpoint", _endpoint),
+    ("remoteEndpoint", _endpoint),
+    ("annotations", _annotations),
+    ("tags", _tags),
+    ("debug", _boolean),
+    ("shared", _boolean),
+)
+
+
 def merge(spans: Sequence[ZipkinSpan]) -> list[ZipkinSpan]:
     """Return one trace's spans, each once, as zipkin2.internal.Trace has them.
 
@@ -308,10 +322,9 @@ def _merge_order(span: ZipkinSpan) -> tuple[Any, ...]:
     One without an endpoint comes first, so that it joins whichever follows.
     """
     end = span.get("localEndpoint")
+    rank = 0 if span.get("kind") == "CLIENT" else 1
     if span.get("shared"):
         rank = 2
-    else:
-        rank = 0 if span.get("kind") == "CLIENT" else 1
     if end is None:
         return span["id"], rank, 0
     names = (end.get("serviceName"), end.get("ipv4"), end.get("ipv6"))
