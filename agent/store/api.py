@@ -187,11 +187,13 @@ class Api:
         if self._local and not _is_local_name(host):
             raise Refusal(
                 HTTPStatus.MISDIRECTED_REQUEST,
-                "This store listens on loopback only: ask it by address or as localhost",
+                "This store is on loopback only: ask it by address or as localhost",
             )
         origin = request.header("Origin")
         if request.method == "POST" and origin and urlsplit(origin).netloc != host:
-            raise Refusal(HTTPStatus.FORBIDDEN, "Another site's pages may not write here")
+            raise Refusal(
+                HTTPStatus.FORBIDDEN, "Another site's pages may not write here"
+            )
 
     # Zipkin's API
 
@@ -345,7 +347,9 @@ class _Counts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[str, int] = {name: 0 for name in self.HELP if "req" not in name}
+        self._values: dict[str, int] = {
+            name: 0 for name in self.HELP if "req" not in name
+        }
 
     def add(self, name: str, count: int = 1) -> None:
         with self._lock:
@@ -366,10 +370,14 @@ class _Counts:
                     if key.partition("{")[0] == name
                 ),
             ]
-        for name, value in sorted(stored.items()):
+        for what, value in sorted(stored.items()):
+            since_start = what.startswith("expired_")
+            name, kind = (
+                (f"{what}_total", "counter") if since_start else (what, "gauge")
+            )
             lines += [
-                f"# HELP podspan_store_{name} Of the database: {name}.",
-                f"# TYPE podspan_store_{name} gauge",
+                f"# HELP podspan_store_{name} Of the database: {what.replace('_', ' ')}.",
+                f"# TYPE podspan_store_{name} {kind}",
                 f"podspan_store_{name} {value}",
             ]
         return "\n".join([*lines, ""])
@@ -378,7 +386,9 @@ class _Counts:
 def _parsed(body: bytes, content_type: str) -> list[ZipkinSpan]:
     try:
         if content_type in PROTO_TYPES:
-            _require(len(body) <= MAX_PROTO_BYTES, f"{MAX_PROTO_BYTES} bytes of protobuf")
+            _require(
+                len(body) <= MAX_PROTO_BYTES, f"{MAX_PROTO_BYTES} bytes of protobuf"
+            )
             spans = parse_proto3(body)
         else:
             # An upper bound: those in texts count, too.

@@ -1,7 +1,7 @@
 """A request as the store reads it, strictly, and an answer as WSGI wants it.
 
-Whoever reaches the port is not trusted. What cannot be read without guessing is refused:
-percent signs that encode nothing, texts that are not UTF-8, NUL.
+Whoever reaches the port is not trusted. What cannot be read without guessing is
+refused: percent signs that encode nothing, texts that are not UTF-8, NUL.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def gunzip(packed: bytes, limit: int) -> bytes:
 
 
 def _too_large(what: str) -> Refusal:
-    return Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body is too large: {what}")
+    return Refusal(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body is too large: {what}"
+    )
 
 
 def _path(decoded: str) -> str:

@@ -1,8 +1,8 @@
 """The store's sockets and threads: waitress, with limits for whoever reaches the port.
 
 A connection costs memory and, for a large body, disk: their number, the size of heads
-and bodies, and the time of silence are bounded. What is over a limit gets waitress's own
-400, 413 or 431.
+and bodies, and the time of silence are bounded. What is over a limit gets waitress's
+own 413 or 431.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ if TYPE_CHECKING:
 
 # Enough that a slow search does not hold up ingest; each may hold a large message.
 THREADS: Final = 8
-MAX_CONNECTIONS: Final = 100
+MAX_CONNECTIONS: Final = 64
 MAX_HEAD_BYTES: Final = 16 * 1024
 SILENCE_S: Final = 30
+
+# Read to the end, or else the client is reset before it sees its 413.
+MAX_READ_BYTES: Final = 2 * MAX_BODY_BYTES
+
 BACKLOG: Final = 128
 
 # For answers that are being made when the server is closed.
@@ -51,7 +55,7 @@ class StoreServer:
             threads=THREADS,
             connection_limit=MAX_CONNECTIONS,
             max_request_header_size=MAX_HEAD_BYTES,
-            max_request_body_size=MAX_BODY_BYTES,
+            max_request_body_size=MAX_READ_BYTES,
             channel_timeout=SILENCE_S,
             cleanup_interval=SILENCE_S // 3,
             asyncore_use_poll=True,

@@ -1,7 +1,6 @@
 """The viewer: one page for all its addresses, and the files beside it.
 
-What is not cached for long is asked for again with its ETag: an upgraded store shows its
-own viewer at once.
+A browser asks for each again, with its ETag: an upgraded store shows its own viewer.
 """
 
 from __future__ import annotations
