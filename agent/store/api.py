@@ -27,7 +27,6 @@ from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 import orjson
 from podspan.agent import version
@@ -94,7 +93,7 @@ SECURITY: Final = (
 Handler = Callable[[Request], Response]
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
-_one_label = re.compile(r"[a-z0-9_-]+").fullmatch
+_host = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?").fullmatch
 
 
 class Api:
@@ -163,9 +162,9 @@ class Api:
     def _answer(self, environ: Mapping[str, Any]) -> Response:
         request = Request(environ)
         self._check_origin(request)
+        if request.path.startswith("/zipkin/api/v2/"):
+            request.path = request.path.removeprefix("/zipkin")
         path = request.path
-        if path.startswith("/zipkin/api/v2/"):
-            path = path.removeprefix("/zipkin")
         if path.startswith("/api/v2/trace/"):
             methods: Mapping[str, Handler] = {"GET": self._trace}
         elif path in self._routes:
@@ -190,7 +189,7 @@ class Api:
                 "This store is on loopback only: ask it by address or as localhost",
             )
         origin = request.header("Origin")
-        if request.method == "POST" and origin and urlsplit(origin).netloc != host:
+        if request.method == "POST" and origin and origin.partition("://")[2] != host:
             raise Refusal(
                 HTTPStatus.FORBIDDEN, "Another site's pages may not write here"
             )
@@ -412,8 +411,12 @@ def _is_local_name(host: str) -> bool:
     """Tell whether a Host header is none that a foreign DNS server answers for."""
     if not host:  # HTTP/1.0
         return True
-    name = urlsplit(f"//{host}").hostname or ""
-    if _one_label(name) or name.endswith(".localhost"):
+    found = _host(host.lower())
+    if not found:
+        return False
+    name = found[1] or found[2]
+    # A name without dots is of this machine or its network.
+    if not found[1] and ("." not in name or name.endswith(".localhost")):
         return True
     try:
         ip_address(name)
