@@ -48,7 +48,7 @@ def test_only_what_contains_the_text_is_shown(tail, empty_store):
     tail.keyboard.press("/")
     tail.keyboard.type("http.path=/ratings/0")
     expect(tail.locator(ROWS)).to_have_count(2)
-    assert tail.url.endswith("?q=VERSION%3Dv2")
+    assert tail.url.endswith("?q=http.path%3D%2Fratings%2F0")
     empty_store.post(bookinfo(3, now_us()))
     expect(tail.locator(ROWS)).to_have_count(4)
     expect(tail.locator("main")).to_contain_text("20 seen")
