@@ -589,7 +589,9 @@ def test_services_do_not_overlap_and_edges_end_at_them(node, pairs):
     assert len(drawing["edges"]) == len(pairs)
     for line in drawing["edges"]:
         ends = line["edge"]["parent"], line["edge"]["child"]
-        for name, (x, y) in zip(ends, (line["points"][0], line["points"][-1])):
+        for name, (x, y) in zip(
+            ends, (line["points"][0], line["points"][-1]), strict=True
+        ):
             left, top = at[name]
             assert left <= x <= left + NODE_SIZE[0]
             assert top <= y <= top + NODE_SIZE[1]
