@@ -24,15 +24,22 @@ setup(
             *(f"podspan.{folder}.{sub}" for sub in find_packages(folder)),
         )
     ],
-    package_data={"podspan.bpf": ["*.c", "*.h"]},
+    package_data={
+        "podspan.bpf": ["*.c", "*.h"],
+        "podspan.agent.store": ["viewer/*"],
+    },
     install_requires=[
         # bcc compiles and loads bpf/. It comes from Debian (python3-bpfcc), not from
         # here: the package named bcc on PyPI is another thing.
         "python-iptables~=1.2",  # init: rules in legacy tables, through libxtables
         "h2~=4.4",  # redirect: frames, HPACK and flow control of HTTP/2
         "msgpack~=1.2",  # redirect: what workers and agent tell each other
+        "orjson~=3.13",  # store: Zipkin's JSON, 4 us a span
+        "protobuf>=6,<8",  # store: Zipkin's protobuf format
         "pyroute2~=0.9.7",  # namespaces, links and addresses by netlink
+        "scapy~=2.8",  # replay: reads captures; its tests write them
         "urllib3~=2.8",  # export: HTTP with connection reuse
+        "waitress~=3.0",  # store: HTTP/1.1 with limits, in threads
     ],
     extras_require={
         # Exact, because a tool's next release may find what this one let pass.
@@ -44,7 +51,6 @@ setup(
             "prometheus-client==0.26.0",  # its parser reads our metrics
             "pytest==9.2.0",
             "ruff==0.17.6",
-            "scapy==2.8.0",  # reads the injected headers off the wire
         ],
     },
     entry_points={"console_scripts": ["podspan = podspan.agent.__main__:main"]},

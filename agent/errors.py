@@ -11,6 +11,7 @@ PodspanError
   ExportError           a place to put spans does not take them
   StatusError           the status port cannot be had
   ReplayError           a file is no capture, or none that can be read
+  StoreError            the embedded store's database cannot be opened, read or written
 
 Only `podspan.agent.__main__` prints them and exits.
 """
@@ -79,3 +80,7 @@ class StatusError(PodspanError):
 
 class ReplayError(PodspanError):
     """This file cannot be replayed."""
+
+
+class StoreError(PodspanError):
+    """The embedded store's database does not open, or does not take or give spans."""
