@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import logging
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -109,21 +108,16 @@ class Capture:
 
     def _opened(self) -> BufferedReader:
         try:
-            file = self._path.open("rb")
-            if stat.S_ISDIR(os.fstat(file.fileno()).st_mode):
-                raise IsADirectoryError
-        except IsADirectoryError:
-            raise ReplayError(f"{self._path} is a directory", _KINDS) from None
+            return self._path.open("rb")
         except OSError as exc:
             hint = "tcpdump writes files as root: sudo chown, or sudo podspan replay"
             raise ReplayError(
                 f"cannot read {self._path}: {exc.strerror}",
                 hint if isinstance(exc, PermissionError) else "",
             ) from exc
-        return file
 
     def _reader_of(self, source: _Source) -> Any:
-        # It takes a tenth of a second, and what is wrong with the file may show without.
+        # A tenth of a second, and megabytes: only where a capture is read.
         from scapy.error import Scapy_Exception  # noqa: PLC0415
         from scapy.utils import RawPcapNgReader, RawPcapReader  # noqa: PLC0415
 

@@ -79,7 +79,6 @@ class Connection:
         self.reported[side] += since
         return since
 
-
     def begin_tunnel(self, at_ns: int) -> None:
         """Count anew: what came until now was HTTP."""
         self.tunneled = True
@@ -143,17 +142,10 @@ class Connections:
             return
         key = (source, destination) if source < destination else (destination, source)
         side = int(source != key[0])
-        connection = self._open.pop(key, None)
-        if flags & SYN:
-            connection = self._syn(connection, key, side, at_ns, segment)
-        elif connection is None:
-            if not data and not cut:
-                return  # nothing to be seen of it yet
-            if key in self._closed:
-                self._count["late"] += 1
-                return
-            connection = self._new(key, None)
-        self._open[key] = connection
+        connection = self._of(key, side, at_ns, segment)
+        if connection is None:
+            return
+        self._open[key] = connection  # again: now the least idle
         if cut:
             self._count["snaplen_bytes"] += cut
         if flags & ACK:
@@ -166,7 +158,7 @@ class Connections:
             connection.streams[side].finish(seq + len(data) + cut)
         if flags & RST:
             self._reset(connection, key, side, at_ns)
-        elif flags & (FIN | ACK):
+        else:
             self._end(connection, key, at_ns)
         if len(self._open) > self._max_open:
             self._count["given_up"] += 1
@@ -176,6 +168,19 @@ class Connections:
         """The capture is over."""
         while self._open:
             self._give_up(next(iter(self._open)))
+
+    def _of(
+        self, key: _Key, side: int, at_ns: int, segment: Segment
+    ) -> Connection | None:
+        """Return the connection of a segment, taken out of the order of idleness."""
+        connection = self._open.pop(key, None)
+        if segment.flags & SYN:
+            return self._syn(connection, key, side, at_ns, segment)
+        if connection is None and (segment.data or segment.cut):
+            if key not in self._closed:
+                return self._new(key, None)
+            self._count["late"] += 1
+        return connection  # None: nothing to be seen of it yet
 
     def _is_copy(self, segment: Segment) -> bool:
         mark = segment.source, segment.destination, segment.mark
@@ -255,11 +260,11 @@ class Connections:
                 connection.conversation.ended(side, at_ns)
         if len(connection.fins) == 2:
             by_client = connection.fins[0] == connection.client
-            self._finish(connection, key, _FIN_OF_CLIENT if by_client else _FIN_OF_SERVER)
+            self._finish(
+                connection, key, _FIN_OF_CLIENT if by_client else _FIN_OF_SERVER
+            )
 
-    def _reset(
-        self, connection: Connection, key: _Key, side: int, at_ns: int
-    ) -> None:
+    def _reset(self, connection: Connection, key: _Key, side: int, at_ns: int) -> None:
         for each in (0, 1):
             self._deliver(connection, each, connection.streams[each].flush())
         if not connection.answered and connection.client == 1 - side:

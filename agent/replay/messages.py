@@ -108,9 +108,9 @@ class _Half:
 class Conversation:
     """What is said on a connection; sides are 0 and 1.
 
-    `began` is told of a call, its head and that head's bytes, `finished` of the call and
-    how. `client` is None until it is known who that is: from the start, where the capture
-    has the connection's.
+    `began` is told of a call, its head and that head's bytes, `finished` of the call
+    and how it ended. `client` is None until it is known who that is: known at once
+    where the capture has the connection's start.
     """
 
     client: int | None

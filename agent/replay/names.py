@@ -34,9 +34,7 @@ class ServiceNames:
 
     def name(self, address: str, host: str = "") -> str:
         """Return the name of who is there, where it was called `host` now."""
-        return (
-            self._hosts.get(address) or host or self._learned.get(address) or address
-        )
+        return self._hosts.get(address) or host or self._learned.get(address) or address
 
 
 def named_host(method: str, target: str, host: str) -> str:
@@ -69,5 +67,6 @@ def read_hosts(text: str) -> dict[str, str]:
 
 def _bad_line(number: int, what: str) -> UsageError:
     return UsageError(
-        f"line {number} of the hosts file: {what}", "a line is ADDRESS NAME, as hosts(5)"
+        f"line {number} of the hosts file: {what}",
+        "a line is ADDRESS NAME, as hosts(5)",
     )

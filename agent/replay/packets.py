@@ -114,9 +114,8 @@ def _in_ipv4(data: bytes, at: int, end: int) -> Segment:
     # 0: the network card cuts it (segmentation offload), and fills in the length.
     ip_end = at + total if total else end
     tcp_at = at + 4 * (version & 15)
-    return _segment(
-        data, tcp_at, ip_end, end, source, destination, number.to_bytes(2, "big")
-    )
+    ends = source, destination
+    return _segment(data, tcp_at, (ip_end, end), ends, number.to_bytes(2, "big"))
 
 
 def _in_ipv6(data: bytes, at: int, end: int) -> Segment:
@@ -127,7 +126,7 @@ def _in_ipv6(data: bytes, at: int, end: int) -> Segment:
     ip_end = at + length if length else end  # 0: as in IPv4, or a jumbogram
     for _ in range(_MOST_EXTENSIONS):
         if header == _TCP:
-            return _segment(data, at, ip_end, end, source, destination, b"")
+            return _segment(data, at, (ip_end, end), (source, destination), b"")
         if header == _IPV6_FRAGMENT:
             # An atomic one (RFC 6946) is whole.
             if _u16(data, at + 2)[0] & 0xFFF9:
@@ -147,12 +146,13 @@ def _in_ipv6(data: bytes, at: int, end: int) -> Segment:
 def _segment(
     data: bytes,
     at: int,
-    ip_end: int,
-    wire_end: int,
-    source: bytes,
-    destination: bytes,
+    until: tuple[int, int],
+    addresses: tuple[bytes, bytes],
     number: bytes,
 ) -> Segment:
+    """Return the segment at `at`; `until` are the ends of IP's packet and the wire's."""
+    ip_end, wire_end = until
+    source, destination = addresses
     source_port, destination_port, seq, ack, flags = _tcp(data, at)
     data_at = at + 4 * (flags >> 12)
     if flags >> 12 < 5 or data_at > ip_end or ip_end > wire_end:

@@ -7,11 +7,12 @@ time. No parent is guessed, whatever happened at the same time.
 
 An application that hands on, while it serves a request, the ids that came with it means
 that request as the parent: that much its headers say. Where a call has the very bytes
-of another that is open, it is the same call captured at another place, on the other side
-of an address translation; it is counted, and left out.
+of another that is open, it is the same call captured at another place, on the other
+side of an address translation; it is counted, and left out.
 
     unsampled          calls whose headers say so
     seen_elsewhere     calls captured before and behind an address translation
+    end_unseen         calls that had not ended when the capture, or what it has, did
     context_malformed  B3 headers that do not parse: the call begins a trace
 """
 
@@ -38,7 +39,7 @@ from podspan.agent.exchange import (
 from podspan.agent.http_head import RequestHead
 from podspan.agent.ids import derive_id
 from podspan.agent.replay.connections import Connection
-from podspan.agent.replay.messages import Call, Ending
+from podspan.agent.replay.messages import UNSEEN, Call, Ending
 from podspan.agent.replay.names import ServiceNames, named_host
 from podspan.agent.replay.packets import address_and_port
 from podspan.agent.url import HOST_CUT, TARGET_CUT
@@ -53,7 +54,7 @@ _HEADER_TEXTS = {
     b"x-request-id": ("request_id", 40),
     b"x-client-trace-id": ("client_trace_id", 40),
 }
-_NO_TEXTS = {
+_NO_TEXTS: dict[str, Any] = {
     "method": "",
     "target": "",
     **{name: "" for name, _ in _HEADER_TEXTS.values()},
@@ -128,9 +129,7 @@ class Traces:
         self._names.learn(
             address, named_host(texts["method"], texts["target"], texts["host"])
         )
-        under_way = _Open(
-            connection, ids, carried, look, elsewhere, head.minor, texts
-        )
+        under_way = _Open(connection, ids, carried, look, elsewhere, head.minor, texts)
         self._open[call] = under_way
         self._by_look[look] = self._by_look.get(look, 0) + 1
         if carried is not None:
@@ -139,6 +138,8 @@ class Traces:
     def finished(self, connection: Connection, call: Call, ending: Ending) -> None:
         """Report both halves of a call."""
         under_way = self._forget(call)
+        if ending is UNSEEN:
+            self._count["end_unseen"] += 1
         if connection.conversation.tunnel is call:
             self._tunnels[call] = under_way.ids
         if under_way.elsewhere:
