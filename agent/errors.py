@@ -10,6 +10,7 @@ PodspanError
     NotRedirected       a connection was tried, and the rules are not at work; exit 126
   ExportError           a place to put spans does not take them
   StatusError           the status port cannot be had
+  ReplayError           a file is no capture, or none that can be read
   StoreError            the embedded store's database cannot be opened, read or written
 
 Only `podspan.agent.__main__` prints them and exits.
@@ -75,6 +76,10 @@ class ExportError(PodspanError):
 
 class StatusError(PodspanError):
     """The agent cannot tell of itself where the user wants it."""
+
+
+class ReplayError(PodspanError):
+    """This file cannot be replayed."""
 
 
 class StoreError(PodspanError):
