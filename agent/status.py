@@ -2,13 +2,16 @@
 
     /healthz   200 while the agent's loop turns
     /readyz    200 once everything is attached, else 503
-    /metrics   Prometheus' text format
+    /metrics   Prometheus' text format, or OpenMetrics where that is preferred
     /status    JSON
 
 Whoever reaches the port is not trusted: a head is at most HEAD_BYTES, is waited for
 TIMEOUT_S in all, and only MAX_CONNECTIONS are served at the same time. A request has no
 body, and a connection one request. The agent's loop publishes finished snapshots and
 never waits for a thread of this module.
+
+Metrics may be some hundred megabytes of text that says little: they are sent in pieces
+as they are made, packed if the client can unpack them, and are never in memory as one.
 """
 
 from __future__ import annotations
@@ -19,15 +22,17 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
+from itertools import chain
 from typing import Any, Final
 
 from podspan.agent import metrics
 from podspan.agent.errors import StatusError
-from podspan.agent.metrics import Snapshot
+from podspan.agent.metrics import Family, Snapshot
 from podspan.agent.values import Address
 
 log = logging.getLogger(__name__)
@@ -35,6 +40,9 @@ log = logging.getLogger(__name__)
 HEAD_BYTES: Final = 8192
 TIMEOUT_S: Final = 5.0
 MAX_CONNECTIONS: Final = 8
+# A whole answer; Prometheus gives up after 10 seconds by default.
+ANSWER_S: Final = 30.0
+PIECE_BYTES: Final = 65536
 BACKLOG: Final = 16
 
 # The loop publishes once a second. One that is silent so long will not come back.
@@ -54,10 +62,15 @@ class StatusServer:
         address: Address,
         read: Callable[[], Snapshot],
         ready: Callable[[], bool],
+        families: Callable[[], Iterable[Family]] = tuple,
     ) -> None:
-        """Raise StatusError where the address cannot be had."""
+        """Raise StatusError where the address cannot be had.
+
+        `families` are metrics besides those of the snapshot.
+        """
         self.read = read
         self.ready = ready
+        self.families = families
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._closing = threading.Event()
         self._listener = _listen(address)
@@ -120,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
     """One request of one connection."""
 
     server: StatusServer  # type: ignore[assignment]
+    protocol_version = "HTTP/1.1"
     server_version = "podspan"
     sys_version = ""
     error_content_type = "text/plain; charset=utf-8"
@@ -129,12 +143,20 @@ class _Handler(BaseHTTPRequestHandler):
         """Read the head here: http.server would take 6 MB, and as long as it lasts."""
         self.connection = self.request
         self.rfile = io.BytesIO(_read_head(self.connection))
-        self.connection.settimeout(TIMEOUT_S)
+        self._deadline_s = time.monotonic() + ANSWER_S
         self.wfile = io.BytesIO()
 
     def finish(self) -> None:
         """Send what was answered."""
-        self.connection.sendall(self.wfile.getvalue())  # type: ignore[attr-defined]
+        self._send(self.wfile.getvalue())  # type: ignore[attr-defined]
+
+    def _send(self, data: bytes) -> None:
+        """Send, as long as the whole answer may take; raise OSError after that."""
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("an answer was not taken in time")
+        self.connection.settimeout(min(left_s, TIMEOUT_S))
+        self.connection.sendall(data)
 
     def do_GET(self) -> None:
         """Answer by the path; a query means nothing."""
@@ -145,8 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             ready = self.server.ready()
             self._say(ready, "ready" if ready else "not ready: the agent is starting")
         elif path == "/metrics":
-            text = metrics.to_prometheus(self.server.read())
-            self._answer(HTTPStatus.OK, metrics.CONTENT_TYPE, text)
+            self._tell_metrics()
         elif path == "/status":
             text = metrics.to_json(self.server.read())
             self._answer(HTTPStatus.OK, "application/json", text)
@@ -159,6 +180,32 @@ class _Handler(BaseHTTPRequestHandler):
     def _say(self, good: bool, text: str) -> None:
         status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
         self._answer(status, "text/plain; charset=utf-8", f"{text}\n")
+
+    def _tell_metrics(self) -> None:
+        form = metrics.negotiated(self.headers.get("Accept", ""))
+        own = metrics.agent_families(self.server.read())
+        lines = metrics.exposition(chain(own, self.server.families()), form)
+        body = _pieces(lines)
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", form.value)
+        self.send_header("Vary", "Accept, Accept-Encoding")
+        self.send_header("Connection", "close")
+        if _takes_gzip(self.headers.get("Accept-Encoding", "")):
+            self.send_header("Content-Encoding", "gzip")
+            body = _packed(body)
+        # RFC 9112 section 7.1. To a client of HTTP/1.0 the connection's end is the end.
+        chunked = self.request_version != "HTTP/1.0"
+        if chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self._send(self.wfile.getvalue())  # type: ignore[attr-defined]
+        self.wfile = io.BytesIO()
+        for piece in body:
+            self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        if chunked:
+            self._send(b"0\r\n\r\n")
 
     def _answer(self, status: HTTPStatus, content_type: str, text: str) -> None:
         body = text.encode(errors="replace")
@@ -173,6 +220,38 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Probes come every few seconds: nothing to tell."""
         log.debug("status: %s %r", self.client_address[0], format % args)
+
+
+def _pieces(lines: Iterable[str]) -> Iterator[bytes]:
+    """Yield the text in pieces of some size, none of them empty."""
+    kept: list[bytes] = []
+    size = 0
+    for text in lines:
+        kept.append(text.encode(errors="replace"))
+        size += len(kept[-1])
+        if size >= PIECE_BYTES:
+            yield b"".join(kept)
+            kept, size = [], 0
+    if kept:
+        yield b"".join(kept)
+
+
+def _packed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield them as gzip (RFC 1952), fast rather than small; none of them empty."""
+    packer = zlib.compressobj(level=1, wbits=16 + zlib.MAX_WBITS)
+    for piece in pieces:
+        if packed := packer.compress(piece):
+            yield packed
+    yield packer.flush()
+
+
+def _takes_gzip(accept_encoding: str) -> bool:
+    """Tell whether gzip is named, and not to refuse it (RFC 9110 section 12.5.3)."""
+    for wish in accept_encoding.lower().split(","):
+        coding, _, weight = wish.replace(" ", "").partition(";q=")
+        if coding == "gzip":
+            return metrics.weight_of(weight or "1") > 0
+    return False
 
 
 def _health(snapshot: Snapshot, ready: bool) -> tuple[bool, str]:
@@ -206,6 +285,7 @@ def open_status(
     address: Address | None,
     read: Callable[[], Snapshot],
     ready: Callable[[], bool],
+    families: Callable[[], Iterable[Family]] = tuple,
 ) -> StatusServer | None:
     """Serve there; None where nothing is wanted, or the default port is another's.
 
@@ -214,7 +294,7 @@ def open_status(
     if address is None:
         return None
     try:
-        return StatusServer(address, read, ready)
+        return StatusServer(address, read, ready, families)
     except StatusError as exc:
         if address.named:
             raise

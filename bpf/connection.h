@@ -219,7 +219,7 @@ static inline void forget_claim(struct connection *c)
 	claims.delete(&tuple);
 }
 
-/* One record for the agent. */
+/* One record for the agent, which counts all exchanges and makes spans of the sampled. */
 static inline void emit(struct connection *c, struct request *q, u8 end, u8 protocol)
 {
 	struct exchange_record *r;
@@ -227,10 +227,10 @@ static inline void emit(struct connection *c, struct request *q, u8 end, u8 prot
 	u64 connect_start_ns = c->connect_start_ns, connect_end_ns = c->connect_end_ns;
 
 	KERNEL_READ(retransmits, (void *)c->sock, tcp_sock, total_retrans);
-	/* These are the first exchange's, recorded or not. */
+	/* These are the first exchange's, reported or not. */
 	c->connect_start_ns = 0;
 	c->connect_end_ns = 0;
-	if (!(q->flags & FLAG_SAMPLED) || (protocol == PROTOCOL_TCP && is_claimed(c)))
+	if (protocol == PROTOCOL_TCP && is_claimed(c))
 		return;
 	r = exchanges.ringbuf_reserve(sizeof(*r));
 	if (!r) {

@@ -45,6 +45,10 @@ class ServiceNames:
         """Return the pod whose namespace this is, where that is known."""
         return self._pods_by_netns().get(netns)
 
+    def pods_by_netns(self) -> Mapping[int, Pod]:
+        """Return this node's pods by namespace: another mapping once they change."""
+        return self._pods_by_netns()
+
     def pods(self) -> frozenset[int]:
         """Return the namespaces that are known to be a pod's."""
         return frozenset(self._pods_by_netns())

@@ -105,6 +105,9 @@ class Pod:
     ips: tuple[str, ...]
     canonical_service: str
     canonical_revision: str
+    workload: str  # what the user wrote to get it; else the pod itself
+    app: str  # its labels `app` and `version`; "": none
+    version: str
 
 
 def pod_of(fields: object) -> Pod | None:
@@ -138,6 +141,9 @@ def pod_of(fields: object) -> Pod | None:
         ),
         canonical_service=_first(labels, CANONICAL_LABELS) or workload,
         canonical_revision=_first(labels, REVISION_LABELS) or NO_REVISION,
+        workload=workload,
+        app=_text(labels.get("app")),
+        version=_text(labels.get("version")),
     )
 
 

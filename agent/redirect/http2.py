@@ -57,7 +57,7 @@ from h2.exceptions import (
 )
 from h2.settings import SettingCodes, Settings
 from hpack.struct import HeaderTuple, NeverIndexedHeaderTuple
-from podspan.agent.exchange import FLAG_INJECTED, FLAG_SAMPLED, End, Link
+from podspan.agent.exchange import FLAG_INJECTED, End, Link
 from podspan.agent.redirect import layer
 from podspan.agent.redirect.inject import (
     Direction,
@@ -663,10 +663,7 @@ class Http2:
             return
         stream.reported = True
         self._closed_streams += 1
-        if stream.given.flags & FLAG_SAMPLED:
-            self._actions.append(
-                layer.Report(_record(stream, self._direction, end, error))
-            )
+        self._actions.append(layer.Report(_record(stream, self._direction, end, error)))
 
     def _broken(self, peer: _Peer, error: H2Error) -> None:
         """Tell the side that broke the protocol, and give both up."""

@@ -77,7 +77,7 @@ def http(exchange: Exchange, url: Url) -> tuple[str, dict[str, str]]:
         "user_agent": exchange.user_agent or "-",
         "request_size": str(exchange.request_bytes),
         "response_size": str(exchange.response_bytes),
-        "response_flags": RESPONSE_FLAGS.get((role, exchange.end), "-"),
+        "response_flags": response_flags(exchange),
         "upstream_address": called,
     }
     # Without a method, the request was not seen.
@@ -107,15 +107,13 @@ def http(exchange: Exchange, url: Url) -> tuple[str, dict[str, str]]:
 
 def tcp(exchange: Exchange) -> tuple[str, dict[str, str]]:
     """Return name and tags of a connection, a part of one, or a failed one."""
-    # Of the flags above, Envoy's TCP proxy knows only this one.
-    refused = exchange.end is End.CONNECT_FAILED
     client = exchange.role is Role.CLIENT
     tags = {
         "component": "proxy",
         "peer.address": exchange.local_addr if client else exchange.peer_addr,
         "request_size": str(exchange.request_bytes),
         "response_size": str(exchange.response_bytes),
-        "response_flags": "UF" if refused else "-",
+        "response_flags": response_flags(exchange),
         "upstream_address": called_address(exchange),
     }
     if not client:
@@ -126,13 +124,22 @@ def tcp(exchange: Exchange) -> tuple[str, dict[str, str]]:
     return tcp_name(exchange), tags
 
 
+def response_flags(exchange: Exchange) -> str:
+    """Return Envoy's word for how it ended; `-` where it has none."""
+    if exchange.protocol is Protocol.TCP:
+        # Of the flags above, Envoy's TCP proxy knows only this one.
+        return "UF" if exchange.end is End.CONNECT_FAILED else "-"
+    how = exchange.role, exchange.end
+    if exchange.protocol is Protocol.HTTP2 and how in STREAM_FLAGS:
+        by_stream = exchange.end is End.RESET or exchange.error
+        if by_stream and exchange.error <= LAST_HTTP2_CODE:
+            return STREAM_FLAGS[how]
+    return RESPONSE_FLAGS.get(how, "-")
+
+
 def _add_http2(tags: dict[str, str], exchange: Exchange) -> None:
     if exchange.method:
         tags["http.protocol"] = "HTTP/2"
-    how = exchange.role, exchange.end
-    by_stream = exchange.end is End.RESET or exchange.error
-    if how in STREAM_FLAGS and by_stream and exchange.error <= LAST_HTTP2_CODE:
-        tags["response_flags"] = STREAM_FLAGS[how]
     if not exchange.grpc_status:
         return
     grpc = {

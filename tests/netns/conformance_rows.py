@@ -44,7 +44,7 @@ class Row(NamedTuple):
     sent: str
     arrives: str
     child_of: tuple[str, str] | None = None  # trace and span; None: a new root
-    sampled: bool = True  # else there is no record
+    sampled: bool = True  # else there is no span
     debug: bool = False
     injected: bool = True
     lost: tuple[str, ...] = ()

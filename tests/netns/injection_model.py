@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
 from typing import NamedTuple, Self
 
 from podspan.agent import b3, traceparent
@@ -62,20 +61,6 @@ class Chosen(NamedTuple):
     @classmethod
     def of_record(cls, record: Exchange) -> Self:
         return cls(record.trace_id, record.span_id, record.request_id.encode())
-
-    @classmethod
-    def of_head(cls, arrived: bytes) -> Self:
-        """As the next hop reads it."""
-        headers = [(one.name, one.value) for one in fields_of(arrived)]
-        context = read_context(headers)
-        request_ids = [value for name, value in headers if name == REQUEST_ID]
-        return cls(context.trace_id, context.span_id, request_ids[0])
-
-
-# Of an exchange that left no trace, and began one: its id is none that a low rate
-# samples, and has 128 bits as all that begin here.
-UNSAMPLED = next(n for n in count(1) if sample_hash(n) >> 24 == 0xFF)
-UNKNOWN = Chosen(1 << 127 | UNSAMPLED, 1, b"")
 
 
 @dataclass
@@ -202,7 +187,7 @@ def plan_of(
 
 
 def is_sampled(context: HeadContext, trace_id: int, percent: float) -> bool:
-    """Return whether an exchange of this context and trace is to be recorded."""
+    """Return whether an exchange of this context and trace is to become a span."""
     if context.decision:
         return context.decision is not Decision.DENY
     return context.forced or sample_hash(trace_id) < round(percent / 100 * 2**32)
@@ -218,15 +203,8 @@ def check(
     cut: int = 0,
 ) -> Plan:
     """Fail unless this is all that comes of one head, sent in two pieces cut there."""
-    if records:
-        chosen = Chosen.of_record(records[0])
-    elif arrived != head:
-        chosen = Chosen.of_head(arrived)
-    else:
-        context = read_context((one.name, one.value) for one in fields_of(head))
-        chosen = UNKNOWN
-        if context.has_ids:
-            chosen = UNKNOWN._replace(trace_id=context.trace_id)
+    [record] = records
+    chosen = Chosen.of_record(record)
     plan = plan_of(head, chosen, options, percent)
     missed = not plan.refused and cut > min(plan.reach, len(head) - 2)
     injected = not plan.refused and not missed
@@ -235,10 +213,6 @@ def check(
     if injected:
         check_chosen(chosen, plan)
         check_next_hop(arrived, chosen, plan)
-    if not plan.sampled:
-        assert records == []
-        return plan
-    [record] = records
     assert (record.parent_id, record.link) == (plan.parent_id, plan.link)
     assert record.flags == plan.flags - (FLAG_INJECTED if missed else 0)
     if injected:

@@ -304,12 +304,14 @@ def test_inbound_without_context_becomes_a_root():
     assert (record.parent_id, record.link, record.flags) == (0, 0, FLAG_SAMPLED)
 
 
-def test_what_is_not_sampled_propagates_and_is_not_reported():
+def test_what_is_not_sampled_propagates_and_is_reported_as_such():
     wire = Wire(sampling=0.0).start()
     wire.answer(wire.ask(REQUEST, b"q"))
     [request] = wire.seen(UP, RequestReceived)
     assert dict(request.headers)[b"x-b3-sampled"] == b"0"
-    assert wire.records == []
+    [record] = wire.records
+    assert record.flags == FLAG_INJECTED
+    assert record.status == 200
 
 
 def test_sensitive_headers_stay_sensitive_and_ours_are_not_indexed():

@@ -1,21 +1,29 @@
 """The status port, over loopback."""
 
+import gzip
 import http.client
 import json
 import logging
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 from podspan.agent import status
 from podspan.agent.errors import StatusError
+from podspan.agent.metrics import GAUGE, Family, Format, Sample, label_text
 from podspan.agent.status import StatusServer, open_status
 from podspan.agent.values import Address
-from unit.test_metrics import samples, snapshot
+from unit.test_metrics import CALLS, PROMETHEUS_3, samples, snapshot
 
 ANY = Address("127.0.0.1", 0)
+LARGE = Family(
+    "large_bytes",
+    GAUGE,
+    "Of more than one piece.",
+    [Sample(label_text({"n": f"{n:08}"}), 1) for n in range(20_000)],
+)
 
 
 class Port:
@@ -24,7 +32,10 @@ class Port:
     def __init__(self):
         self.now = snapshot(updated_s=time.monotonic())
         self.ready = True
-        self.server = StatusServer(ANY, self.read, lambda: self.ready)
+        self.more = [CALLS]
+        self.server = StatusServer(
+            ANY, self.read, lambda: self.ready, lambda: self.more
+        )
 
     def read(self):
         if isinstance(self.now, Exception):
@@ -72,7 +83,78 @@ def port():
 def test_metrics(port):
     code, kind, text = port.ask("/metrics?name=x")
     assert (code, kind) == (200, "text/plain; version=0.0.4; charset=utf-8")
-    assert samples(text)[("podspan_exchanges_total",)] == 23
+    found = samples(text)
+    assert found[("podspan_exchanges_total",)] == 23
+    assert found[("calls_total",)] == 7
+
+
+def test_metrics_as_openmetrics_packed(port):
+    """As Prometheus asks for it."""
+    port.more = [CALLS, *(LARGE for _ in range(4))]
+    headers = {"Accept": PROMETHEUS_3, "Accept-Encoding": "gzip"}
+    connection = http.client.HTTPConnection("127.0.0.1", port.server.port, 20)
+    with closing(connection):
+        connection.request("GET", "/metrics", headers=headers)
+        response = connection.getresponse()
+        assert response.headers["Content-Type"] == Format.OPENMETRICS.value
+        assert response.headers["Content-Encoding"] == "gzip"
+        assert response.headers["Transfer-Encoding"] == "chunked"
+        text = gzip.decompress(response.read()).decode()
+    assert "calls_total 7 # {trace_id=" in text
+    assert text.count("large_bytes{") == 4 * 20_000
+    assert text.endswith("# EOF\n")
+
+
+def test_to_http_1_0_metrics_end_with_the_connection(port):
+    port.more = [LARGE]
+    head, _, body = port.raw(b"GET /metrics HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert b"chunked" not in head
+    assert body.count(b"large_bytes{") == 20_000
+    assert body.endswith(b"} 1\n")
+
+
+def test_metrics_that_fail_half_way_are_not_taken_for_all(port, caplog):
+    def failing():
+        yield from [Sample(label_text({"n": str(n)}), 1) for n in range(20_000)]
+        raise ValueError("no")
+
+    port.more = [Family("large_bytes", GAUGE, "Large.", failing())]
+    with pytest.raises(http.client.IncompleteRead):
+        port.ask("/metrics")
+    assert "an answer failed" in caplog.text
+
+
+def test_who_does_not_read_metrics_does_not_hold_a_place(port, monkeypatch):
+    monkeypatch.setattr(status, "ANSWER_S", 0.5)
+    port.more = [LARGE] * 100
+    slow = [port.connect() for _ in range(status.MAX_CONNECTIONS)]
+    try:
+        for sock in slow:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        deadline_s = time.monotonic() + 20
+        while not port.raw(b"GET /healthz HTTP/1.1\r\n\r\n"):
+            assert time.monotonic() < deadline_s
+    finally:
+        for sock in slow:
+            sock.close()
+
+
+@pytest.mark.parametrize(
+    ("wish", "packed"),
+    [
+        ("gzip", True),
+        ("deflate, GZIP ;q=1.0, *;q=0.5", True),
+        ("gzip;q=0.001", True),
+        ("gzip;q=0", False),
+        ("gzip; q=0.000", False),
+        ("gzip;q=x", False),
+        ("identity", False),
+        ("", False),
+    ],
+)
+def test_metrics_are_packed_for_who_can_unpack_them(port, wish, packed):
+    head = f"GET /metrics HTTP/1.1\r\nAccept-Encoding: {wish}\r\n\r\n"
+    assert (b"Content-Encoding: gzip" in port.raw(head.encode())) == packed
 
 
 def test_status_is_json(port):

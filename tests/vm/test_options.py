@@ -5,11 +5,15 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from math import comb
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from vm.conftest import (
     BACK,
+    CLIENT,
     FRONT,
     Agent,
     Json,
@@ -22,6 +26,7 @@ from vm.conftest import (
     serving,
     spans_of_port,
     url_of,
+    wait_for,
 )
 from vm.test_connections import read_head, spans_at, talking
 
@@ -234,6 +239,65 @@ def test_a_rate_takes_whole_traces(sampling_agent: Agent) -> None:
                 ("1", "9") if request.path in by_call else (None, "4")
             )
     assert {r.headers.get("x-b3-sampled") for r in back.requests} == {"1", None}
+
+
+def test_metrics_count_what_is_not_sampled(sampling_agent: Agent) -> None:
+    """By both ends of each call, and of each TCP connection."""
+    calls = 20
+
+    def echo(sock: socket.socket) -> None:
+        while data := sock.recv(1000):
+            sock.sendall(data)
+
+    with serving(FRONT) as front, talking(echo) as opaque:
+        # Who has which address is learnt from a first exchange of each end.
+        fetch(front, "/first/1")
+        wait_for(lambda: min(reported("istio_requests_total", EDGE)) > 0, "it is seen")
+        host = f"{front.address}:{front.port}".encode()
+        with connected(front) as sock:
+            for i in range(calls):
+                head = head_of(front, f"/not-sampled/{i}", "x-b3-sampled: 0")
+                sock.sendall(head.replace(host, b"shop.example:8080"))
+                read_response(sock)
+            sock.sendall(head_of(front, "/sampled/1", "x-b3-sampled: 1"))
+            read_response(sock)
+        for _ in range(calls):  # of which the rate takes about a third
+            with connected(opaque) as sock:
+                sock.sendall(b"*1\r\n$4\r\nPING\r\n")
+                assert len(sock.recv(100)) == 14
+        # Records come in order: when the last connection's are there, all are.
+        closed = "istio_tcp_connections_closed_total"
+        wait_for(lambda: min(reported(closed, EDGE)) >= calls, "all are counted")
+    called = {**EDGE, "destination_service": "shop.example", "response_code": "200"}
+    assert reported("istio_requests_total", called) == [calls] * 2
+    assert reported("istio_request_duration_milliseconds_count", called) == [calls] * 2
+    assert reported(closed, EDGE) == [calls] * 2
+    assert reported("istio_tcp_sent_bytes_total", EDGE) == [14 * calls] * 2
+    wait_for(lambda: len(urls(sampling_agent, "/sampled/")) == 2, "the spans")
+    assert urls(sampling_agent, "/not-sampled/") == []
+
+
+EDGE = {"source_workload": CLIENT.name, "destination_workload": FRONT.name}
+STATUS_PORT = 15025
+
+
+def reported(name: str, labels: dict[str, str]) -> list[float]:
+    """The sums over these labels by both reporters, source and destination."""
+    connection = HTTPConnection("127.0.0.1", STATUS_PORT, timeout=30)
+    with closing(connection):
+        accept = {"Accept": "application/openmetrics-text"}
+        connection.request("GET", "/metrics", headers=accept)
+        text = connection.getresponse().read().decode()
+    samples = [
+        sample
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+    return [
+        sum(one.value for one in samples if one.labels["reporter"] == reporter)
+        for reporter in ("source", "destination")
+    ]
 
 
 def urls(agent: Agent, token: str) -> list[str]:
