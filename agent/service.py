@@ -31,6 +31,7 @@ from podspan.agent.config import Config
 from podspan.agent.engine import KERNEL, Plan, plan_of
 from podspan.agent.errors import FeatureMissing, NoPrivilege, UsageError
 from podspan.agent.exchange import Exchange, Role
+from podspan.agent.istio_metrics import RequestMetrics
 from podspan.agent.kernel.enrol import Enrolment
 from podspan.agent.kernel.guard import Want
 from podspan.agent.kernel.options import Options
@@ -138,7 +139,9 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         sink = Sink(names, clock, outputs, options)
         selection = Selection(names, config.netns)
         state = _State()
-        status = open_status(config.status_address, state.read, state.is_ready)
+        status = open_status(
+            config.status_address, state.read, state.is_ready, sink.requests.families
+        )
         if status is not None:
             stack.callback(status.close)
         go = GoProcesses()
@@ -172,7 +175,12 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         stack.callback(sink.hand_over)  # of what workers report at their end
         stack.callback(steering.close)
         losses = Losses(
-            lambda: {**tracer.losses(), **outputs.losses(), **steering.losses()}
+            lambda: {
+                **tracer.losses(),
+                **outputs.losses(),
+                **steering.losses(),
+                **sink.requests.losses(),
+            }
         )
         stack.callback(losses.sum_up)
 
@@ -260,6 +268,7 @@ class Sink:
     ) -> None:
         self.exchanges = 0
         self.spans = 0
+        self.requests = RequestMetrics(names)
         self._names = names
         self._clock = clock
         self._outputs = outputs
@@ -271,6 +280,7 @@ class Sink:
         """Called from within bcc's C code, which swallows exceptions: keep them."""
         self.exchanges += 1
         try:
+            self.requests.observe(exchange)
             netns = exchange.netns
             span = span_of(
                 exchange,
