@@ -205,7 +205,7 @@ def _serve(url: str, replay: Replay, stop: threading.Event) -> None:
 
 def _address(text: str) -> tuple[str, int]:
     try:
-        found = status_address(text)
+        found = values.address(text)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(f"{text!r}: {exc}") from exc
     if found is None:
