@@ -416,9 +416,10 @@ def _check(config: Config) -> None:
         )
     if config.zipkin is not None:
         # Here, not above: `podspan agent --help` needs no HTTP client.
-        from podspan.agent.export.zipkin import zipkin_endpoint  # noqa: PLC0415
+        from podspan.agent.export.destination import checked_url  # noqa: PLC0415
+        from podspan.agent.export.zipkin import ZipkinEncoder  # noqa: PLC0415
 
-        zipkin_endpoint(config.zipkin)
+        checked_url(config.zipkin, "--zipkin", ZipkinEncoder.default_path)
 
 
 def _unknown(word: str) -> UsageError:

@@ -34,9 +34,11 @@ from podspan.agent.engine import KERNEL, Plan, plan_of
 from podspan.agent.errors import FeatureMissing, NoPrivilege, UsageError
 from podspan.agent.exchange import Exchange, Role
 from podspan.agent.export import Exporter
+from podspan.agent.export.delivery import BackendExporter
+from podspan.agent.export.destination import Destination, checked_url
 from podspan.agent.export.jsonl import JsonLinesExporter
 from podspan.agent.export.tree import TreeExporter
-from podspan.agent.export.zipkin import ZipkinExporter
+from podspan.agent.export.zipkin import ZipkinEncoder
 from podspan.agent.kernel.enrol import Enrolment
 from podspan.agent.kernel.guard import Want
 from podspan.agent.kernel.options import Options
@@ -319,7 +321,10 @@ class _Exporters:
         self._by_name: dict[str, Exporter] = {}
         self._drain_until_s: float | None = None
         if config.zipkin is not None:
-            self._add(stack, "zipkin", ZipkinExporter(config.zipkin))
+            encoder = ZipkinEncoder()
+            url = checked_url(config.zipkin, "--zipkin", encoder.default_path)
+            exporter = BackendExporter("zipkin", encoder, Destination(url), None)
+            self._add(stack, "zipkin", exporter)
         if config.json is not None:
             self._add(stack, "json", JsonLinesExporter(config.json))
         if config.tree or not self._by_name:
