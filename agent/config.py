@@ -24,6 +24,7 @@ SPAN_IDS = ("shared", "child")
 SYNCS = ("never", "segment", "batch")
 UNSAMPLED = ("0", "defer")
 PROPAGATED = ("b3multi", "b3", "tracecontext")
+BACKENDS = ("zipkin", "otlp")
 OTLP_ENCODINGS = ("protobuf", "json")
 INBOUND_SOURCES = ("auto", "loopback")
 
@@ -463,7 +464,7 @@ def _check(config: Config) -> None:
 
 
 def _check_backends(config: Config) -> None:
-    for backend in ("zipkin", "otlp"):
+    for backend in BACKENDS:
         if getattr(config, backend) is None:
             _need(config, f"--{backend}", f"{backend}_headers_file")
     urls = (config.zipkin or "", config.otlp or "")
@@ -474,11 +475,12 @@ def _check_backends(config: Config) -> None:
             "--tls-cert and --tls-key mean something only together",
             "a file that holds both can be named twice",
         )
-    if config.zipkin is not None:
-        # Here, not above: `podspan agent --help` needs no HTTP client.
-        from podspan.agent.export.zipkin import zipkin_endpoint  # noqa: PLC0415
+    # Here, not above: `podspan agent --help` needs no TLS.
+    from podspan.agent.export.destination import checked_url  # noqa: PLC0415
 
-        zipkin_endpoint(config.zipkin)
+    for backend in BACKENDS:
+        if (url := getattr(config, backend)) is not None:
+            checked_url(url, f"--{backend}", "")
 
 
 def _need(config: Config, what: str, *fields: str) -> None:

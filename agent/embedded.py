@@ -111,7 +111,7 @@ class EmbeddedStore:
             self._process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # A group of its own: Ctrl-C is for the agent, which ends it after the last span.
+        # A group of its own: Ctrl-C is for the agent, which ends this after its spans.
         return subprocess.Popen(
             self._command, stdin=subprocess.DEVNULL, process_group=0
         )

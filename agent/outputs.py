@@ -15,8 +15,13 @@ from podspan.agent.config import DATA_DIR, Config
 from podspan.agent.embedded import EmbeddedStore
 from podspan.agent.errors import ExportError
 from podspan.agent.export import Exporter
-from podspan.agent.export.delivery import BackendExporter, Encoder
-from podspan.agent.export.destination import Destination, header_list
+from podspan.agent.export.delivery import BackendExporter
+from podspan.agent.export.destination import (
+    Destination,
+    checked_url,
+    headers_from_list,
+)
+from podspan.agent.export.encoder import Encoder
 from podspan.agent.export.jsonl import JsonLinesExporter
 from podspan.agent.export.spool import Spool
 from podspan.agent.export.tree import TreeExporter
@@ -37,10 +42,12 @@ LOSSES = (
     "refused",
     "spool_dropped",
     "spool_torn",
+    "spool_lost",
     "spool_failed",
 )
 
 SPOOLS = "spool"
+STORE = "store"
 
 
 class Outputs:
@@ -53,25 +60,15 @@ class Outputs:
         self._drain_until_s: float | None = None
         self._config = config
         if config.zipkin is not None:
-            self._add_backend(
-                stack,
-                "zipkin",
-                ZipkinEncoder(),
-                config.zipkin,
-                config.zipkin_headers_file,
-                config.zipkin_headers,
-            )
+            headers = config.zipkin_headers_file, config.zipkin_headers
+            self._add_backend(stack, config.zipkin, ZipkinEncoder(), *headers)
         if config.otlp is not None:
             # Here, not above: its libraries take memory.
             from podspan.agent.export.otlp import OtlpEncoder  # noqa: PLC0415
 
+            headers = config.otlp_headers_file, config.otlp_headers
             self._add_backend(
-                stack,
-                "otlp",
-                OtlpEncoder(config.otlp_encoding),
-                config.otlp,
-                config.otlp_headers_file,
-                config.otlp_headers,
+                stack, config.otlp, OtlpEncoder(config.otlp_encoding), *headers
             )
         if config.json is not None:
             self._add(stack, "json", JsonLinesExporter(config.json))
@@ -87,23 +84,28 @@ class Outputs:
     def _add_backend(
         self,
         stack: ExitStack,
-        name: str,
-        encoder: Encoder,
         url: str,
+        encoder: Encoder,
         headers_file: str | None,
         headers: Secret | None,
     ) -> None:
         config = self._config
+        name = encoder.name
+        url = checked_url(url, f"--{name}", encoder.default_path)
+        tls = url.startswith("https:")
+        listed = {}
+        if headers is not None:
+            listed = headers_from_list(headers.text, f"PODSPAN_{name.upper()}_HEADERS")
         destination = Destination(
             url,
             headers_file=_path(headers_file),
-            headers=header_list(headers.text, name) if headers else {},
-            ca_file=_path(config.tls_ca),
-            cert_file=_path(config.tls_cert),
-            key_file=_path(config.tls_key),
+            headers=listed,
+            ca_file=_path(config.tls_ca) if tls else None,
+            cert_file=_path(config.tls_cert) if tls else None,
+            key_file=_path(config.tls_key) if tls else None,
         )
-        spool = self._spool(name)
-        self._add(stack, name, BackendExporter(name, encoder, destination, spool))
+        exporter = BackendExporter(name, encoder, destination, self._spool(name))
+        self._add(stack, name, exporter)
 
     def _add_store(self, stack: ExitStack) -> None:
         config = self._config
@@ -115,11 +117,10 @@ class Outputs:
             log_level=config.log_level,
         )
         stack.callback(self._store.close)
-        destination = Destination(self._store.url)
-        exporter = BackendExporter(
-            "store", ZipkinEncoder(), destination, self._spool("store")
-        )
-        self._add(stack, "store", exporter)
+        encoder = ZipkinEncoder()
+        url = checked_url(self._store.url, "--store", encoder.default_path)
+        exporter = BackendExporter(STORE, encoder, Destination(url), self._spool(STORE))
+        self._add(stack, STORE, exporter)
 
     def _spool(self, name: str) -> Spool | None:
         """Return a backend's spool; None where none is wanted, or by default possible.

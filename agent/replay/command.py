@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from podspan.agent.config import SPAN_IDS, status_address
+from podspan.agent.config import SPAN_IDS
 from podspan.agent.errors import ReplayError, UsageError
 from podspan.agent.export import Exporter
 from podspan.agent.export.jsonl import STDOUT, JsonLinesExporter

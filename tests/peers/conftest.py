@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from peers import installed, servers
-from peers.servers import Json, Server
+from peers.servers import Server
 from podspan.agent.demo.command import read_spans
-from podspan.agent.export.delivery import BackendExporter, Encoder
-from podspan.agent.export.destination import Destination
+from podspan.agent.export.delivery import BackendExporter
+from podspan.agent.export.destination import Destination, checked_url
+from podspan.agent.export.encoder import Encoder
 from podspan.agent.span import Span
 
 CHECKOUT = Path(__file__).parents[2]
@@ -33,7 +34,9 @@ def demo() -> Iterator[list[Span]]:
     if not KPROBES.exists():
         command = [str(CHECKOUT / "vagrant" / "vm"), "run", "--", *command]
     try:
-        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=CHECKOUT, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         yield read_spans(path)
     finally:
@@ -72,7 +75,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def feed(spans: list[Span], encoder: Encoder, url: str) -> None:
     """Send the spans as the agent would; all are taken."""
-    exporter = BackendExporter("test", encoder, Destination(url), None)
+    destination = Destination(checked_url(url, "--test", encoder.default_path))
+    exporter = BackendExporter("test", encoder, destination, None)
     exporter.export(spans)
     exporter.close(CLOSE_S)
     assert exporter.counters()["sent"] == len(spans), exporter.counters()

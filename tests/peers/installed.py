@@ -35,8 +35,10 @@ def zipkin_jar() -> Path:
     if not jar.exists():
         with tempfile.TemporaryDirectory(prefix="podspan-zipkin-") as folder:
             _run(
-                ["mvn", "-q", "-B", COPY, f"-Dartifact={ZIPKIN}:jar:slim"]
-                + [f"-DoutputDirectory={folder}"],
+                [
+                    *("mvn", "-q", "-B", COPY, f"-Dartifact={ZIPKIN}:jar:slim"),
+                    f"-DoutputDirectory={folder}",
+                ],
                 f"Zipkin ({ZIPKIN}, from Maven's central repository)",
             )
             _keep(Path(folder, jar.name), jar)
@@ -64,7 +66,9 @@ def jaeger() -> Path:
 def _go(folder: Path) -> str:
     go = shutil.which("go")
     if go is not None:
-        said = subprocess.run([go, "version"], capture_output=True, text=True).stdout
+        said = subprocess.run(
+            [go, "version"], capture_output=True, text=True, check=True
+        ).stdout
         version = re.search(r"go([0-9]+)\.([0-9]+)", said)
         if version and (int(version[1]), int(version[2])) >= GO_AT_LEAST:
             return go
@@ -75,7 +79,9 @@ def _go(folder: Path) -> str:
 
 def _run(command: list[str], what: str, folder: Path | None = None) -> None:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False
+        )
     except FileNotFoundError as exc:
         raise Missing(f"{what}: no {command[0]}: apt-get install maven") from exc
     if done.returncode != 0:

@@ -1,6 +1,7 @@
 """Backends as processes: started on free ports, asked until they answer, ended."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -43,7 +44,9 @@ class Server:
         return f"http://127.0.0.1:{self.ports[name]}"
 
 
-def wait_for(condition: Callable[[], Any], what: str, deadline_s: float = WAIT_S) -> Any:
+def wait_for(
+    condition: Callable[[], Any], what: str, deadline_s: float = WAIT_S
+) -> Any:
     """Return what the condition gives once that is true."""
     until_s = time.monotonic() + deadline_s
     while not (found := condition()):
@@ -87,7 +90,9 @@ def jaeger(folder: Path) -> Iterator[Server]:
                 "http": at["query"],
                 "grpc": at["query_grpc"],
             },
-            "jaeger_storage": {"backends": {"memory": {"memory": {"max_traces": 1000}}}},
+            "jaeger_storage": {
+                "backends": {"memory": {"memory": {"max_traces": 1000}}}
+            },
             "healthcheckv2": {"use_v2": True, "http": at["health"]},
         },
         "receivers": {
@@ -117,8 +122,6 @@ def store(folder: Path) -> Iterator[Server]:
 def _running(
     command: list[str], log: Path, health: str, environment: Mapping[str, str]
 ) -> Iterator[None]:
-    import os
-
     with log.open("w") as output:
         process = subprocess.Popen(
             command,

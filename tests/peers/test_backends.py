@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,18 +21,15 @@ def fed(zipkin: Server, store: Server, demo: list[Span]) -> tuple[Server, Server
     for server in (zipkin, store):
         feed(demo, ZipkinEncoder(), server.url)
         trace = f"/api/v2/trace/{demo[0].trace_id}"
-        wait_for(
-            lambda server=server, trace=trace: _count(server, trace) == len(demo),
-            f"{server.url} has the trace",
-        )
+        wait_for(partial(_has, server, trace, len(demo)), f"{server.url} has the trace")
     return zipkin, store
 
 
-def _count(server: Server, path: str) -> int:
+def _has(server: Server, path: str, spans: int) -> bool:
     try:
-        return len(server.get(path))
+        return len(server.get(path)) == spans
     except OSError:  # HTTPError: 404 as yet
-        return 0
+        return False
 
 
 def test_every_span_comes_back_as_it_was_sent(fed, demo):
