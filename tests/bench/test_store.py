@@ -6,12 +6,9 @@ things to do. Each question is asked several times; the slowest is told as well.
 """
 
 import os
-import random
-import statistics
 import time
 
-import pytest
-from bench.traces import FIRST_US, TRACE_GAP_US, trace, traces
+from bench.traces import FIRST_US, TRACE_GAP_US, traces
 from podspan.agent.store.database import Database
 from podspan.agent.store.query import Query
 

@@ -19,7 +19,7 @@ def traces(count, *, calls=4, seed=1):
 
 
 def trace(chance, number, calls):
-    """Return a trace that goes from service to service, the later called by any before."""
+    """Return a trace in which each call is made by a service called before."""
     trace_id = f"{chance.getrandbits(128):032x}"
     request_id = f"{chance.getrandbits(128):032x}"
     start_us = FIRST_US + number * TRACE_GAP_US + chance.randrange(TRACE_GAP_US)
