@@ -2,6 +2,7 @@
 
 import time
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -117,13 +118,14 @@ def queries(draw):
 
 
 def brute_force(arrived, query):
-    traces = {}
+    traces: dict[str, Any] = {}
     for span in arrived:
         traces.setdefault(span["traceId"], []).append(span)
     matching = [spans for spans in traces.values() if matches(query, spans)]
     # The latest first; of equals the one that came last.
     matching.reverse()
-    return sorted(matching, key=start_us, reverse=True)[: query.limit]
+    matching.sort(key=lambda spans: start_us(spans) or 0, reverse=True)
+    return matching[: query.limit]
 
 
 @settings(
