@@ -38,9 +38,10 @@ ADDRESS_TEXT: Final = 45
 # Of one message: whoever sends more at once wants our memory.
 MAX_SPANS: Final = 100_000
 
+LOWER_HEX: Final = "0123456789abcdef"
+
 V1_FIELD: Final = "binaryAnnotations"
 
-_hex = re.compile(r"[0-9a-f]+").fullmatch
 _decimal = re.compile(r"-?[0-9]{1,19}").fullmatch
 
 
@@ -161,7 +162,7 @@ def _hex_digits(value: object, what: str, longest: int) -> str:
         raise MalformedSpans(f"{what} is empty")
     if len(value) > longest:
         raise MalformedSpans(f"{what}.length > {longest}")
-    if not _hex(value):
+    if value.strip(LOWER_HEX):
         raise MalformedSpans(f"{what} should be lower-hex encoded with no prefix")
     if not value.strip("0"):
         raise MalformedSpans(f"{what} is all zeros")
