@@ -23,7 +23,7 @@ class Chunk:
     root_us: int | None  # timestamp of the first span without a parent
     first_us: int | None  # earliest timestamp
     longest_us: int
-    words: set[str]
+    words: set[int]
     payload: bytes
 
 

@@ -37,7 +37,7 @@ T = TypeVar("T")
 REST_S = 1.0
 
 # Traces that are settled in one transaction: some milliseconds.
-SETTLE_TRACES = 32
+SETTLE_TRACES = 256
 
 # Expiry by size starts before the size is reached, so that it never is.
 FULL_SHARE = 0.9

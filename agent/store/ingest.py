@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from podspan.agent.store.chunk import Chunk
 from podspan.agent.store.names import Kind, Row
 from podspan.agent.store.sqlite import Connection
+from podspan.agent.store.terms import text_of
 
 # Traces of one index of words. Fewer cost each search more, more cost expiry more.
 PART_TRACES = 16 * 1024
@@ -49,7 +50,7 @@ def insert(db: Connection, chunks: Sequence[Chunk], now_s: float) -> int:
     upto = arrived(db)
     new = 0
     rows = []
-    words: dict[int, set[str]] = {}
+    words: dict[int, set[int]] = {}
     unsettled = {}
     for chunk in chunks:
         trace, spans = db.execute(
@@ -99,7 +100,7 @@ def _widen(db: Connection, part: int, chunk: Chunk) -> None:
     db.execute(WIDEN_PART, (part, first_us, last_us))
 
 
-def _index(db: Connection, words: dict[int, set[str]]) -> None:
+def _index(db: Connection, words: dict[int, set[int]]) -> None:
     """Add to the traces' words, in the order of rows: FTS5 writes that in one piece."""
     part = None
     for trace in sorted(words):
@@ -108,5 +109,5 @@ def _index(db: Connection, words: dict[int, set[str]]) -> None:
             db.execute(WORDS_TABLE.format(part))
         db.execute(
             f"INSERT INTO words_{part} (rowid, words) VALUES (?, ?)",  # noqa: S608
-            (trace, " ".join(words[trace])),
+            (trace, text_of(words[trace])),
         )

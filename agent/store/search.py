@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 from podspan.agent.store.chunk import unpack
 from podspan.agent.store.query import Query, conditions, unmet
 from podspan.agent.store.sqlite import Connection
-from podspan.agent.store.terms import alternatives
+from podspan.agent.store.terms import alternatives, text_of
 from podspan.agent.store.zipkin_v2 import ZipkinSpan
 
 BY_START = """
@@ -73,8 +73,8 @@ def _candidates(db: Connection, query: Query) -> Iterator[int]:
         yield -heappop(waiting)[1]
 
 
-def match_expression(wanted: list[list[str]]) -> str:
+def match_expression(wanted: list[list[int]]) -> str:
     """Return FTS5's expression for a word of each list."""
     return " AND ".join(
-        "(" + " OR ".join(f'"{word}"' for word in words) + ")" for words in wanted
+        "(" + text_of(words).replace(" ", " OR ") + ")" for words in wanted
     )

@@ -67,12 +67,14 @@ CREATE TABLE unsettled (
 -- Calls from service to service, by when their traces started.
 CREATE TABLE edges (
     part INTEGER NOT NULL,
-    slot INTEGER NOT NULL,    -- start of the trace, in units of SLOT_US
+    width_us INTEGER NOT NULL,
+    slot INTEGER NOT NULL,    -- start of the trace, in units of width_us
     parent INTEGER NOT NULL,  -- services.no
     child INTEGER NOT NULL,
-    what INTEGER NOT NULL,    -- CALLS, ERRORS, or the bucket of a duration
-    count INTEGER NOT NULL,
-    PRIMARY KEY (part, slot, parent, child, what)
+    calls INTEGER NOT NULL,
+    errors INTEGER NOT NULL,
+    durations BLOB NOT NULL,  -- JSON list: a logscale bucket, its calls, the next ...
+    PRIMARY KEY (part, width_us, slot, parent, child)
 ) WITHOUT ROWID;
 CREATE TABLE services (no INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 
