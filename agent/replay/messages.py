@@ -128,6 +128,7 @@ class Conversation:
     _calls: deque[Call] = field(default_factory=deque)  # not finished, oldest first
     _spoke: int | None = None  # the side of the last bytes
     _turns: int = 0  # how often another side spoke
+    _closed: bool = False
     _ended: int | None = None  # the side that has sent FIN first
     _refusable: bool = False  # the newest waits for 100 (Continue) with its body
     _wants_tunnel: bool = False  # and so does what follows it: CONNECT, Upgrade
@@ -157,7 +158,7 @@ class Conversation:
 
     def received(self, side: int, piece: Piece) -> None:
         """Take a piece of the stream that `side` sends."""
-        if self.opaque:
+        if self.opaque or self._closed:
             return
         if piece.lost:
             self._lost(side, piece.lost)
@@ -458,7 +459,7 @@ class Conversation:
                 continue
             self._calls[0].response_last_ns = at_ns
             self._finish(ending)
-        self.opaque = True
+        self._closed = True
 
     @property
     def _newest(self) -> Call | None:
