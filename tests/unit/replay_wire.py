@@ -161,6 +161,38 @@ def captured(*talks, link_type=ETHERNET, tags=(), snaplen=1 << 18):
     ]
 
 
+def pcapng_bytes(packets, order="<"):
+    """A pcapng file with times in nanoseconds, an interface per link layer."""
+
+    def block(kind, body):
+        size = 12 + len(body) + -len(body) % 4
+        padding = bytes(-len(body) % 4)
+        return (
+            struct.pack(order + "II", kind, size)
+            + body
+            + padding
+            + (struct.pack(order + "I", size))
+        )
+
+    nanoseconds = struct.pack(order + "HHB3xHH", 9, 1, 9, 0, 0)
+    link_types = list(dict.fromkeys(packet.link_type for packet in packets))
+    blocks = [block(0x0A0D0D0A, struct.pack(order + "IHHq", 0x1A2B3C4D, 1, 0, -1))]
+    for link_type in link_types:
+        body = struct.pack(order + "HHI", link_type, 0, 0) + nanoseconds
+        blocks.append(block(1, body))
+    for at_ns, link_type, data, wire_length in packets:
+        body = struct.pack(
+            order + "IIIII",
+            link_types.index(link_type),
+            at_ns >> 32,
+            at_ns & 0xFFFFFFFF,
+            len(data),
+            wire_length,
+        )
+        blocks.append(block(6, body + data))
+    return b"".join(blocks)
+
+
 def replayed(packets, hosts=(), **options):
     """Return spans, in an order of their own, and the summary."""
     spans: list[Span] = []
