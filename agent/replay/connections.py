@@ -9,6 +9,7 @@ Segments in; calls and connections, as they end, to a Listener. Counted by reaso
     silent             connections without a byte
     unanswered         connections that nobody accepted or refused
     given_up           connections beyond the bound, the longest idle first
+    no_request         connections that may speak HTTP: no request of theirs is whole
     role_unknown       of which the capture has no begin, and nothing says who called
 """
 
@@ -288,10 +289,8 @@ class Connections:
         if conversation.heads == 0 or conversation.tunnel is not None:
             if conversation.client is None:
                 conversation.client = _client_by_port(connection.ends)
-            if not any(connection.sizes) and conversation.tunnel is None:
-                self._count["silent" if connection.answered else "unanswered"] += 1
-            elif connection.client is None:
-                self._count["role_unknown"] += 1
+            if reason := _why_no_exchange(connection):
+                self._count[reason] += 1
             else:
                 self._listener.carried(connection, ending, conversation.tunnel)
         conversation.give_up()
@@ -310,6 +309,17 @@ def _is_another(connection: Connection, side: int, first: int) -> bool:
     """Tell whether a SYN is not this connection's: its ports are used again."""
     known = connection.streams[side].first
     return known is not None and (known - first) & 0xFFFFFFFF != 0
+
+
+def _why_no_exchange(connection: Connection) -> str:
+    """Return why a connection without HTTP is nothing to tell of; "": it is."""
+    if connection.conversation.tunnel is not None:
+        return ""
+    if not any(connection.sizes):
+        return "silent" if connection.answered else "unanswered"
+    if connection.conversation.may_be_http:
+        return "no_request"
+    return "role_unknown" if connection.client is None else ""
 
 
 def _client_by_port(ends: tuple[bytes, bytes]) -> int | None:

@@ -40,6 +40,10 @@ from podspan.agent.redirect.sniff import Protocol, sniff
 from podspan.agent.replay.body import BodyReader
 from podspan.agent.replay.streams import Piece
 
+# As bpf/message.h: then a connection that was never in step is taken for one that
+# speaks no HTTP.
+OLD_TURNS = 16
+
 # More than any client is known to send ahead.
 MAX_PIPELINED = 512
 
@@ -123,6 +127,8 @@ class Conversation:
     tunnel_sizes: tuple[int, int] = (0, 0)  # bytes of it by side, as far as they came
     _calls: deque[Call] = field(default_factory=deque)  # not finished, oldest first
     _spoke: int | None = None  # the side of the last bytes
+    _turns: int = 0  # how often another side spoke
+    _closed: bool = False
     _ended: int | None = None  # the side that has sent FIN first
     _refusable: bool = False  # the newest waits for 100 (Continue) with its body
     _wants_tunnel: bool = False  # and so does what follows it: CONNECT, Upgrade
@@ -140,18 +146,28 @@ class Conversation:
         return self.opaque and not self.heads
 
     @property
+    def may_be_http(self) -> bool:
+        """Whether requests may have passed, of which none was seen whole."""
+        unsure = not self.opaque and not self._requests.in_step
+        return unsure and not self.heads and self._turns < OLD_TURNS
+
+    @property
     def idle(self) -> bool:
         """Whether no call is open."""
         return not self._calls
 
     def received(self, side: int, piece: Piece) -> None:
         """Take a piece of the stream that `side` sends."""
-        if self.opaque:
+        if self.opaque or self._closed:
             return
         if piece.lost:
             self._lost(side, piece.lost)
-            self._spoke = side
-            return
+        else:
+            self._said(side, piece)
+        self._turns += self._spoke != side
+        self._spoke = side
+
+    def _said(self, side: int, piece: Piece) -> None:
         if (
             self.client is None
             and self._spoke != side
@@ -165,7 +181,6 @@ class Conversation:
                 self._from_server(piece)
         except MalformedHead:
             self._garbled(side)
-        self._spoke = side
 
     def ended(self, side: int, at_ns: int) -> None:
         """A FIN has come from `side`, after all that it sent."""
@@ -444,7 +459,7 @@ class Conversation:
                 continue
             self._calls[0].response_last_ns = at_ns
             self._finish(ending)
-        self.opaque = True
+        self._closed = True
 
     @property
     def _newest(self) -> Call | None:

@@ -150,7 +150,7 @@ def _segment(
     addresses: tuple[bytes, bytes],
     number: bytes,
 ) -> Segment:
-    """Return the segment at `at`; `until` are the ends of IP's packet and the wire's."""
+    """Return the segment at `at`; `until`: the ends of IP's packet and the wire's."""
     ip_end, wire_end = until
     source, destination = addresses
     source_port, destination_port, seq, ack, flags = _tcp(data, at)

@@ -19,13 +19,14 @@ side of an address translation; it is counted, and left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from errno import ECONNREFUSED, ECONNRESET
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
-from podspan.agent.context import Decision, read_context
+from podspan.agent import b3
+from podspan.agent.context import Decision, HeadContext, read_context
 from podspan.agent.exchange import (
     FLAG_ACCEPTED_DEBUG,
     FLAG_SAMPLED,
@@ -36,7 +37,7 @@ from podspan.agent.exchange import (
     Protocol,
     Role,
 )
-from podspan.agent.http_head import RequestHead
+from podspan.agent.http_head import Headers, RequestHead
 from podspan.agent.ids import derive_id
 from podspan.agent.replay.connections import Connection
 from podspan.agent.replay.messages import UNSEEN, Call, Ending
@@ -44,7 +45,10 @@ from podspan.agent.replay.names import ServiceNames, named_host
 from podspan.agent.replay.packets import address_and_port
 from podspan.agent.url import HOST_CUT, TARGET_CUT
 
+_32_BITS = (1 << 32) - 1
 _64_BITS = (1 << 64) - 1
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 # As the kernel's record cuts them (bpf/exchange.h), in bytes.
 _METHOD_CUT = 16
@@ -79,6 +83,11 @@ class Ids:
         return bool(self.flags & FLAG_SAMPLED)
 
 
+# Of a call, whatever addresses it has: the sequence numbers of both streams where it
+# begins, and the hash of its head.
+_Look = tuple[int, int, int]
+
+
 @dataclass(slots=True)
 class _Open:
     """A call under way."""
@@ -86,7 +95,7 @@ class _Open:
     connection: Connection
     ids: Ids
     carried_ids: tuple[int, int] | None  # trace and span id on the wire
-    look: tuple[int, int]  # sequence number and hash of its head
+    look: _Look
     elsewhere: bool  # another open call is the same
     minor: int
     texts: dict[str, str]
@@ -113,17 +122,21 @@ class Traces:
         self._open: dict[Call, _Open] = {}
         # Open calls by what they carry, and by how they look.
         self._by_ids: dict[tuple[int, int], list[_Open]] = {}
-        self._by_look: dict[tuple[int, int], int] = {}
+        self._by_look: dict[_Look, list[_Open]] = {}
         self._tunnels: dict[Call, Ids] = {}
 
     def began(
         self, connection: Connection, call: Call, head: RequestHead, text: bytes
     ) -> None:
         """Find the place of a call in a trace, by its head."""
-        look = call.position & 0xFFFFFFFF, hash(text)
+        answer_at = connection.streams[connection.server].next
+        look = call.position & _32_BITS, answer_at & _32_BITS, hash(text)
         seed = _seed(connection, call.position, text)
         ids, carried = self._ids_of(connection, head, seed)
-        elsewhere = look in self._by_look
+        elsewhere = any(
+            _are_translated(connection, other.connection)
+            for other in self._by_look.get(look, ())
+        )
         texts = _texts_of(head)
         address, _ = address_and_port(connection.server_end)
         self._names.learn(
@@ -131,7 +144,7 @@ class Traces:
         )
         under_way = _Open(connection, ids, carried, look, elsewhere, head.minor, texts)
         self._open[call] = under_way
-        self._by_look[look] = self._by_look.get(look, 0) + 1
+        self._by_look.setdefault(look, []).append(under_way)
         if carried is not None:
             self._by_ids.setdefault(carried, []).append(under_way)
 
@@ -247,7 +260,8 @@ class Traces:
         if parent_id:
             span_id = seed & _64_BITS or 1
         else:
-            span_id, parent_id = context.span_id, context.parent_id
+            span_id = context.span_id
+            parent_id = context.parent_id or _parent_beside(head.headers, context)
         return Ids(context.trace_id, span_id, parent_id, Link.HEADER, flags), carried
 
     def _served_by(self, connection: Connection, carried: tuple[int, int]) -> int:
@@ -262,15 +276,9 @@ class Traces:
 
     def _forget(self, call: Call) -> _Open:
         under_way = self._open.pop(call)
-        look, carried = under_way.look, under_way.carried_ids
-        self._by_look[look] -= 1
-        if not self._by_look[look]:
-            del self._by_look[look]
-        if carried is not None:
-            calls = self._by_ids[carried]
-            calls[:] = [each for each in calls if each is not under_way]
-            if not calls:
-                del self._by_ids[carried]
+        _remove(self._by_look, under_way.look, under_way)
+        if under_way.carried_ids is not None:
+            _remove(self._by_ids, under_way.carried_ids, under_way)
         return under_way
 
     def _both_halves(
@@ -305,6 +313,35 @@ class Traces:
         if not self._child_ids:
             return replace(ids, flags=ids.flags | FLAG_SHARED)
         return replace(ids, span_id=derive_id(ids.span_id), parent_id=ids.span_id)
+
+
+def _remove(calls: dict[_Key, list[_Open]], key: _Key, call: _Open) -> None:
+    calls[key] = [each for each in calls[key] if each is not call]
+    if not calls[key]:
+        del calls[key]
+
+
+def _are_translated(one: Connection, other: Connection) -> bool:
+    """Tell whether these can be one connection under different addresses."""
+    if one is other:
+        return False
+    same_address = one.client_end[:-2] == other.client_end[:-2]
+    return one.client_end == other.client_end or not same_address
+
+
+def _parent_beside(headers: Headers, context: HeadContext) -> int:
+    """Return the parent that `x-b3-` headers tell of the same span.
+
+    The header `b3` stands above them, and need not have a place for it.
+    """
+    multi = [header for header in headers if header[0].lower() != b3.SINGLE]
+    told = b3.extract(multi)
+    if told is None or (told.trace_id, told.span_id) != (
+        context.trace_id,
+        context.span_id,
+    ):
+        return 0
+    return told.parent_id or 0
 
 
 def _place_of(ids: Ids) -> dict[str, Any]:
@@ -347,7 +384,7 @@ def _seed(connection: Connection, *what: int | bytes) -> int:
     digest = blake2b(digest_size=16)
     digest.update(connection.client_end + connection.server_end)
     for each in what:
-        digest.update(each if isinstance(each, bytes) else b"%d;" % (each & 0xFFFFFFFF))
+        digest.update(each if isinstance(each, bytes) else b"%d;" % (each & _32_BITS))
     return int.from_bytes(digest.digest(), "big")
 
 
