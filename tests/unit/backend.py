@@ -70,7 +70,7 @@ class Backend:
         self.replies: list[Reply] = []  # the next answers; then `usual`
         self.usual = Reply()
         self.most_spans = 1_000_000  # else 413
-        self.token = ""  # else 401
+        self.authorization = ""  # else 401
         self.hang = threading.Event()  # cleared: requests wait for it
         self.hang.set()
         self.requests: list[Request] = []
@@ -129,7 +129,10 @@ class Backend:
         self.thread.start()
 
     def reply(self, request):
-        if self.token and request.headers["authorization"] != self.token:
+        if (
+            self.authorization
+            and request.headers["authorization"] != self.authorization
+        ):
             return Reply(401, b"no: " + str(request.headers).encode())
         if self.replies:
             return self.replies.pop(0)
