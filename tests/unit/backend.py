@@ -110,14 +110,12 @@ class Backend:
             def handle_error(self, request, client_address):
                 pass  # the exporter gave up on an answer: that is what is tested
 
-            def finish_request(self, request, client_address):
+            def finish_request(self, request: Any, client_address: Any) -> None:
                 # In the connection's thread: a handshake shall hold up nobody.
                 if tls is not None:
                     request = tls.wrap_socket(request, server_side=True)
-                try:
-                    self.RequestHandlerClass(request, client_address, self)
-                finally:
-                    request.close()
+                with request:
+                    super().finish_request(request, client_address)
 
         self.server = Server(("127.0.0.1", port), Handler)
         self.port = self.server.server_port

@@ -493,13 +493,25 @@ def test_a_half_that_arrived_is_not_sent_again_from_the_spool(backend, open_spoo
     assert backend.ids() == list(range(1, 11))
 
 
-class FullDisk(Spool):
-    """Takes nothing while it is full."""
+class BadDisk(Spool):
+    """Takes nothing while it is full, and nobody's time but its caller's."""
 
-    full = True
+    full = False
+    refused = 0
+    asked = 0
+
+    def __init__(self, *args, **options):
+        self.quick = threading.Event()
+        self.quick.set()
+        super().__init__(*args, **options)
 
     def append(self, spans):
-        return not self.full and super().append(spans)
+        self.asked += 1
+        self.quick.wait(PATIENCE_S)
+        if self.full:
+            self.refused += 1
+            return False
+        return super().append(spans)
 
 
 def test_without_room_on_the_disk_spans_wait_in_memory(
@@ -507,26 +519,69 @@ def test_without_room_on_the_disk_spans_wait_in_memory(
 ):
     monkeypatch.setattr(delivery, "SPOOL_AGAIN_S", 0.01)
     backend.usual = Reply(503)
-    spool = open_spool(cls=FullDisk)
+    spool = open_spool(cls=BadDisk)
+    spool.full = True
     with exporting(backend.url, spool, batch_spans=10, queue_spans=50) as exporter:
         exporter.export(spans(10))
-        backend.wait(lambda: len(backend.requests) >= 2)
+        until(lambda: spool.refused)
         exporter.export(spans(100, 11))
-        until(lambda: exporter.counters()["dropped"] == 50)
-        assert fates(exporter.counters()) == 110
+        assert exporter.counters()["dropped"] == 50
         spool.full = False
         wait_for(exporter, spool_spans=60, queued=0)
+        spool.full = True
+        exporter.export(spans(40, 111))
+        refused = spool.refused
+        until(lambda: spool.refused > refused + 1)
+        wait_for(exporter, queued=40)
+        assert fates(exporter.counters()) == 150
+        spool.full = False
+        wait_for(exporter, spool_spans=100, queued=0)
         backend.usual = Reply()
-        wait_for(exporter, sent=60)
-    assert backend.ids() == [*range(1, 11), *range(61, 111)]
+        wait_for(exporter, sent=100)
+    assert backend.ids() == [*range(1, 11), *range(61, 151)]
+
+
+def test_a_slow_disk_keeps_the_order_and_holds_up_nobody(backend, open_spool):
+    backend.usual = Reply(503)
+    spool = open_spool(cls=BadDisk)
+    with exporting(backend.url, spool, batch_spans=10) as exporter:
+        exporter.export(spans(10))
+        wait_for(exporter, spool_spans=10)
+        spool.quick.clear()
+        asked = spool.asked
+        exporter.export(spans(10, 11))
+        until(lambda: spool.asked > asked)
+        backend.usual = Reply()
+        wait_for(exporter, sent=10)
+        # What the disk has not yet written is older than this.
+        exporter.export(spans(10, 21))
+        with backend.changed:
+            assert not backend.changed.wait_for(lambda: len(backend.ids()) > 10, 0.1)
+        spool.quick.set()
+        wait_for(exporter, sent=30)
+    assert backend.ids() == list(range(1, 31))
+
+
+def test_the_end_does_not_wait_for_the_spool_to_empty(backend, open_spool):
+    spool = open_spool()
+    for number in range(1, 501):
+        assert spool.append(spans(1, number))
+    exporter = make_exporter(backend.url, spool)
+    exporter.close(PATIENCE_S)
+    counters = exporter.counters()
+    assert counters["spool_spans"] > 0
+    assert counters["sent"] + counters["spool_spans"] == 500
 
 
 def test_the_end_on_a_full_disk_counts_what_it_loses(backend, open_spool, caplog):
     backend.usual = Reply(503)
-    with exporting(backend.url, open_spool(cls=FullDisk)) as exporter:
+    spool = open_spool(cls=BadDisk)
+    spool.full = True
+    with exporting(backend.url, spool) as exporter:
         exporter.export(spans(7))
         backend.wait(lambda: backend.requests)
     assert exporter.counters()["failed"] == 7
+    assert fates(exporter.counters()) == 7
     assert "ended with spans unsent: spans=7" in caplog.text
 
 
