@@ -413,8 +413,7 @@ class BackendExporter:
         in_memory_only = batch is not None and batch.in_memory_only
         if self._deadline_s is not None:
             there_is = in_memory_only or bool(self._queue)
-            late = self._sender_ended or time.monotonic() >= self._deadline_s
-            return there_is and (late or self._spooled())
+            return there_is and (self._is_late() or self._spooled())
         if in_memory_only and batch is not None and batch.failed:
             return True
         if self._spooled():
@@ -425,7 +424,7 @@ class BackendExporter:
     def _mover_is_done(self) -> bool:
         if self._abandoned:
             return True
-        return self._sender_ended and not self._in_memory()
+        return self._is_late() and not self._in_memory()
 
     def _end_move(self, lot: list[Span], *, taken: bool) -> None:
         moved, self._moving = self._moving, 0
@@ -441,6 +440,12 @@ class BackendExporter:
 
     def _spooled(self) -> bool:
         return self._spool is not None and len(self._spool) > 0
+
+    def _is_late(self) -> bool:
+        """Whether nothing more will be taken from the queue to be sent."""
+        return self._sender_ended or (
+            self._deadline_s is not None and time.monotonic() >= self._deadline_s
+        )
 
     def _in_memory(self) -> int:
         """Return how many spans a kill would lose."""

@@ -70,7 +70,7 @@ class Backend:
         self.replies: list[Reply] = []  # the next answers; then `usual`
         self.usual = Reply()
         self.most_spans = 1_000_000  # else 413
-        self.token = ""  # else 401
+        self.authorization = ""  # else 401
         self.hang = threading.Event()  # cleared: requests wait for it
         self.hang.set()
         self.requests: list[Request] = []
@@ -110,14 +110,12 @@ class Backend:
             def handle_error(self, request, client_address):
                 pass  # the exporter gave up on an answer: that is what is tested
 
-            def finish_request(self, request, client_address):
+            def finish_request(self, request: Any, client_address: Any) -> None:
                 # In the connection's thread: a handshake shall hold up nobody.
                 if tls is not None:
                     request = tls.wrap_socket(request, server_side=True)
-                try:
-                    self.RequestHandlerClass(request, client_address, self)
-                finally:
-                    request.close()
+                with request:
+                    super().finish_request(request, client_address)
 
         self.server = Server(("127.0.0.1", port), Handler)
         self.port = self.server.server_port
@@ -129,7 +127,10 @@ class Backend:
         self.thread.start()
 
     def reply(self, request):
-        if self.token and request.headers["authorization"] != self.token:
+        if (
+            self.authorization
+            and request.headers["authorization"] != self.authorization
+        ):
             return Reply(401, b"no: " + str(request.headers).encode())
         if self.replies:
             return self.replies.pop(0)

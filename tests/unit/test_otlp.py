@@ -312,8 +312,8 @@ def test_what_a_status_means(encoding, status, outcome):
 
 def response(encoding, rejected, message):
     if encoding == "json":
-        partial = {"rejectedSpans": str(rejected), "errorMessage": message}
-        return orjson.dumps({"partialSuccess": partial})
+        fields = {"rejectedSpans": str(rejected), "errorMessage": message}
+        return orjson.dumps({"partialSuccess": fields})
     partial = ExportTracePartialSuccess(rejected_spans=rejected, error_message=message)
     return ExportTraceServiceResponse(partial_success=partial).SerializeToString()
 

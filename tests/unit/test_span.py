@@ -144,6 +144,15 @@ def test_a_client_knows_whom_it_called_if_it_did_by_name(fields, service):
     assert span(**fields).remote.service == service
 
 
+def test_a_name_that_is_no_text_is_made_one():
+    # The file name of a network namespace, as os.listdir gives it.
+    exchange = Exchange.from_kernel(exchange_record())
+    for service, text in (("caf\udce9", "caf?"), ("caf\u00e9", "caf\u00e9")):
+        made = span_of(exchange, service, OFFSET_NS)
+        assert made is not None
+        assert made.local.service == text
+
+
 def test_options_reach_the_tags():
     options = SpanOptions(tags="otel", max_path=5, query=False)
     made = span(options, target=b"/path/x?q")

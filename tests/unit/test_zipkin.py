@@ -1,4 +1,4 @@
-"""Spans as Zipkin takes them, and what its answers mean. Sending is in test_delivery."""
+"""Spans as Zipkin takes them, and what it answers; sending is in test_delivery.py."""
 
 import json
 from dataclasses import replace
