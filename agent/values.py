@@ -1,10 +1,11 @@
 """Texts that people write in options, and what they mean.
 
-Each reader makes a value of a text or raises ValueError, which says what to write.
+Each reader makes a value of a text or raises BadValue, which says what to write.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ DAY_S = 24 * 60 * 60
 
 _AGES_S = {"s": 1, "m": 60, "h": 60 * 60, "d": DAY_S}
 _SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+class BadValue(argparse.ArgumentTypeError, ValueError):
+    """The text means nothing; an argparse parser shows what it says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class Secret:
 def text(text: str) -> str:
     """Return what is not empty."""
     if not text:
-        raise ValueError("it is empty")
+        raise BadValue("it is empty")
     return text
 
 
@@ -56,7 +61,7 @@ def switch(text: str) -> bool:
     try:
         return switches[text.lower()]
     except KeyError:
-        raise ValueError("use 1 or 0") from None
+        raise BadValue("use 1 or 0") from None
 
 
 def patterns(text: str) -> tuple[str, ...]:
@@ -71,7 +76,7 @@ def number(least: int, most: int) -> Callable[[str], int]:
         # isdigit: int() also takes signs, spaces, underscores.
         plain = text.isascii() and text.isdigit() and len(text) <= len(str(most))
         if not plain or not least <= int(text) <= most:
-            raise ValueError(f"use a number from {least} to {most}")
+            raise BadValue(f"use a number from {least} to {most}")
         return int(text)
 
     return read
@@ -83,7 +88,7 @@ def seconds(least: float, most: float) -> Callable[[str], float]:
     def read(text: str) -> float:
         plain = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?", text)
         if not plain or not least <= float(text) <= most:
-            raise ValueError(
+            raise BadValue(
                 f"use {least:g} to {most:g} seconds, with three decimals at most"
             )
         return float(text)
@@ -94,7 +99,7 @@ def seconds(least: float, most: float) -> Callable[[str], float]:
 def percent(text: str) -> float:
     """Return a percentage; Istio counts in its hundredths, as Envoy does."""
     if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,2})?", text) or float(text) > 100:
-        raise ValueError("use 0 to 100, with two decimals at most")
+        raise BadValue("use 0 to 100, with two decimals at most")
     return float(text)
 
 
@@ -102,7 +107,7 @@ def age(text: str) -> int:
     """Return seconds, of 90s, 15m, 12h or 7d."""
     match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
     if not match or not int(match[1]):
-        raise ValueError("use a time such as 90s, 15m, 12h or 7d")
+        raise BadValue("use a time such as 90s, 15m, 12h or 7d")
     return int(match[1]) * _AGES_S[match[2]]
 
 
@@ -110,7 +115,7 @@ def size(text: str) -> int:
     """Return bytes, of 1048576, 512KiB, 64MiB or 2GiB; the iB may be left out."""
     match = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])(?:iB)?)?", text)
     if not match:
-        raise ValueError("use a size such as 1048576, 64MiB or 2GiB")
+        raise BadValue("use a size such as 1048576, 64MiB or 2GiB")
     return int(match[1]) * _SIZES[(match[2] or "").lower()]
 
 
@@ -132,20 +137,26 @@ def address(text: str) -> Address | None:
     """Return the address of ADDR:PORT; None where it is `none` or empty."""
     if text in ("", NONE):
         return None
-    host, colon, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    # As in a URL: else the end of an IPv6 address would be a port.
-    if not colon or (":" in bare) != host.startswith("[") or bare == "[":
-        raise ValueError("use ADDR:PORT, [IPV6]:PORT, or none")
-    return Address(bare or "0.0.0.0", number(1, 65535)(port))
+    return _address(text, 1, "use ADDR:PORT, [IPV6]:PORT, or none")
 
 
 def listening(text: str) -> Address:
     """Return the address of ADDR:PORT."""
-    found = address(text)
-    if found is None:
-        raise ValueError("use ADDR:PORT or [IPV6]:PORT")
-    return found
+    return _address(text, 1, "use ADDR:PORT or [IPV6]:PORT")
+
+
+def any_port(text: str) -> Address:
+    """Return the address of ADDR:PORT; port 0 is any that is free."""
+    return _address(text, 0, "use ADDR:PORT or [IPV6]:PORT")
+
+
+def _address(text: str, least_port: int, hint: str) -> Address:
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    # As in a URL: else the end of an IPv6 address would be a port.
+    if not colon or (":" in bare) != host.startswith("[") or bare == "[":
+        raise BadValue(hint)
+    return Address(bare or "0.0.0.0", number(least_port, 65535)(port))
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -153,7 +164,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if text.lower() not in words:
-            raise ValueError(f"use one of {', '.join(words)}")
+            raise BadValue(f"use one of {', '.join(words)}")
         return text.lower()
 
     return read
@@ -165,7 +176,7 @@ def some_of(*words: str) -> Callable[[str], frozenset[str]]:
     def read(text: str) -> frozenset[str]:
         parts = frozenset(part.lower() for part in patterns(text))
         if not parts or not parts <= set(words):
-            raise ValueError(f"use one or more of {', '.join(words)}")
+            raise BadValue(f"use one or more of {', '.join(words)}")
         return parts
 
     return read

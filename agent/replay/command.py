@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from podspan.agent import values
 from podspan.agent.config import SPAN_IDS
 from podspan.agent.errors import ReplayError, UsageError
 from podspan.agent.export import Exporter
@@ -26,6 +27,7 @@ from podspan.agent.replay.replay import Replay, Summary
 from podspan.agent.span import Span, SpanOptions
 from podspan.agent.tags import CONVENTIONS
 from podspan.agent.tree import WIDTH
+from podspan.agent.values import Address
 
 SERVE_ADDRESS = "127.0.0.1:9411"
 
@@ -124,12 +126,11 @@ class _Outputs:
         store = StoreExporter(path)
         self._add(store)
         if options.serve:
-            server = StoreServer(store.database, options.serve)
+            host = options.serve.host
+            server = StoreServer(store.database, (host, options.serve.port))
             self._stack.callback(server.close)
             server.start()
-            host = options.serve[0]
-            host = f"[{host}]" if ":" in host else host
-            self.url = f"http://{host}:{server.port}/"
+            self.url = f"http://{Address(host, server.port)}/"
 
 
 def _run(
@@ -203,16 +204,6 @@ def _serve(url: str, replay: Replay, stop: threading.Event) -> None:
     stop.wait()
 
 
-def _address(text: str) -> tuple[str, int]:
-    try:
-        found = values.address(text)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(f"{text!r}: {exc}") from exc
-    if found is None:
-        raise argparse.ArgumentTypeError("use ADDR:PORT")
-    return found.host, found.port
-
-
 def _hosts(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
@@ -263,8 +254,8 @@ def _parser() -> _Parser:
         "--serve",
         metavar="ADDR:PORT",
         nargs="?",
-        type=_address,
-        const=_address(SERVE_ADDRESS),
+        type=values.any_port,
+        const=values.any_port(SERVE_ADDRESS),
         help="show the spans in the viewer, of DB or of a database for the while; "
         f"{SERVE_ADDRESS} by default",
     )

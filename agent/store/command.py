@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import logging
 import os
-import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
-from podspan.agent import version
+from podspan.agent import values, version
 from podspan.agent.errors import StoreError, UsageError
+from podspan.agent.values import Address
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,6 @@ DATA: Final = "/var/lib/podspan/traces.db"
 MAX_AGE: Final = "7d"
 MAX_SIZE: Final = "2GiB"
 LOG_LEVELS: Final = ("error", "warning", "info", "debug")
-
-AGE_UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-SIZE_UNITS: Final = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 # Smaller is no store: SQLite's own pages, indexes and log take as much.
 MIN_SIZE: Final = 16 * 2**20
@@ -72,14 +69,13 @@ def _run(options: argparse.Namespace, stop: threading.Event) -> None:
         options.data, max_age_s=options.max_age, max_bytes=options.max_size
     )
     with closing(database):
-        with closing(StoreServer(database, options.listen)) as server:
-            host = options.listen[0]
+        listen = options.listen
+        with closing(StoreServer(database, (listen.host, listen.port))) as server:
             log.info(
-                "podspan store: version=%s url=http://%s:%d/ data=%s "
+                "podspan store: version=%s url=http://%s/ data=%s "
                 "max_age_s=%d max_bytes=%d pid=%d",
                 version(),
-                f"[{host}]" if ":" in host else host,
-                server.port,
+                Address(listen.host, server.port),
                 options.data,
                 options.max_age,
                 options.max_size,
@@ -110,7 +106,7 @@ def _parser() -> _Parser:
     parser.add_argument(
         "--listen",
         metavar="ADDR:PORT",
-        type=_address,
+        type=values.any_port,
         default=LISTEN,
         help=f"where to answer; [IPV6]:PORT, too, and port 0 is any ({LISTEN})",
     )
@@ -124,7 +120,7 @@ def _parser() -> _Parser:
     parser.add_argument(
         "--max-age",
         metavar="AGE",
-        type=_age_s,
+        type=values.age,
         default=MAX_AGE,
         help=f"forget traces after so long: 90m, 12h, 7d ({MAX_AGE})",
     )
@@ -155,29 +151,10 @@ def _parser() -> _Parser:
     return parser
 
 
-def _address(text: str) -> tuple[str, int]:
-    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z.-]*):([0-9]{1,5})", text)
-    if not found or int(found[2]) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}: use ADDR:PORT or [IPV6]:PORT")
-    return found[1].strip("[]") or "0.0.0.0", int(found[2])
-
-
-def _age_s(text: str) -> int:
-    found = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
-    if not found or not int(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r}: use a number and s, m, h or d: 7d")
-    return int(found[1]) * AGE_UNITS_S[found[2]]
-
-
 def _size(text: str) -> int:
-    found = re.fullmatch(r"([0-9]{1,9})([KMGT]iB)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: use a number and KiB, MiB, GiB or TiB: 2GiB"
-        )
-    size = int(found[1]) * SIZE_UNITS[found[2]]
+    size = values.size(text)
     if size < MIN_SIZE:
-        raise argparse.ArgumentTypeError(f"{text!r}: at least {MIN_SIZE >> 20}MiB")
+        raise values.BadValue(f"use at least {values.size_text(MIN_SIZE)}")
     return size
 
 

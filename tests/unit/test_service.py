@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from podspan.agent import config, service, status, values
+from podspan.agent import config, outputs, service, status, values
 from podspan.agent.engine import Plan
 from podspan.agent.errors import (
     ExportError,
@@ -46,7 +46,10 @@ def outside_of_a_cluster(monkeypatch):
 
 
 def settings(*argv):
-    return config.parse(argv, {})
+    """What the user sets; by default trees, and nothing on this machine's disk."""
+    named = {"--json", "--zipkin", "--tree"} & set(argv)
+    argv = argv if named else ("--tree", *argv)
+    return config.parse(argv, {"PODSPAN_SPOOL_SIZE": "0"})
 
 
 class FakeTracer:
@@ -183,8 +186,8 @@ def test_unsampled_exchanges_are_not_exported(tmp_path):
     assert len(read(out)) == 1
 
 
-def test_without_an_output_trees_are_printed(capsys):
-    run(settings(), FakeTracer(finish()))
+def test_trees_are_printed(capsys):
+    run(settings("--tree"), FakeTracer(finish()))
     out = capsys.readouterr().out
     assert out.startswith("trace 463ac35c9f6413ad48485a3953bb6124: 1 span, ")
     assert "client productpage  GET /details/0?u=1  200" in out
@@ -383,7 +386,7 @@ def test_nothing_lost_is_not_a_warning(caplog):
 def test_a_dead_zipkin_is_a_warning_and_the_agent_goes_on(
     caplog, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(service, "DRAIN_S", 0.2)
+    monkeypatch.setattr(outputs, "DRAIN_S", 0.2)
     out = tmp_path / "spans"
     tracer = FakeTracer(
         finish(),
@@ -449,7 +452,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_as_a_process(tmp_path, number):
     ready = tmp_path / "ready"
-    argv = ["agent", "--ready-file", str(ready)]
+    argv = ["agent", "--tree", "--ready-file", str(ready)]
     agent = subprocess.Popen(
         [sys.executable, "-c", AGENT.format(path=sys.path), *argv],
         stdout=subprocess.PIPE,

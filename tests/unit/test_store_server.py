@@ -299,7 +299,8 @@ def test_sizes(text, size):
     ],
 )
 def test_addresses(text, address):
-    assert command._parser().parse_args(["--listen", text]).listen == address
+    listen = command._parser().parse_args(["--listen", text]).listen
+    assert (listen.host, listen.port) == address
 
 
 @pytest.mark.parametrize(
