@@ -29,6 +29,7 @@ from podspan.agent.export import spool as spool_module
 from podspan.agent.export.spool import (
     HEADER,
     MAX_SEGMENT_BYTES,
+    SEARCH_BYTES,
     SEGMENT_HEAD,
     SET_ASIDE,
     STATE_AT,
@@ -378,7 +379,7 @@ class AgainstAList(RuleBasedStateMachine):
 
 TestAgainstAList = AgainstAList.TestCase
 TestAgainstAList.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None
+    max_examples=80, stateful_step_count=30, deadline=None
 )
 
 
@@ -531,6 +532,23 @@ def test_a_record_within_a_text_is_never_taken_for_one(tmp_path):
         path.write_bytes(damaged)
         with opened(tmp_path / way) as spool:
             assert [len(spans) for spans in drain(spool)] == [1, 1]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_record_after_a_damaged_one_is_found_however_far(tmp_path, parts):
+    """Also where its marker lies across the parts that are searched one by one."""
+    for shift in range(-8, 8):
+        folder = tmp_path / str(shift)
+        text = "x" * (parts * SEARCH_BYTES - HEADER.size - 25 + shift)
+        with opened(folder) as spool:
+            spool.append([replace(TINY, name=text)])
+            spool.append(batch(1))
+            [path] = segments(folder)
+        damaged = bytearray(path.read_bytes())
+        damaged[len(SEGMENT_HEAD)] ^= 1
+        path.write_bytes(damaged)
+        with opened(folder) as spool:
+            assert drain(spool) == [batch(1)]
 
 
 def test_damage_while_the_spool_is_open_costs_one_record(tmp_path):
