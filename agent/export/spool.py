@@ -32,7 +32,6 @@ import fcntl
 import logging
 import os
 import re
-import stat
 import struct
 import threading
 import zlib
@@ -435,10 +434,7 @@ class _Segment:
 
     def survey(self) -> int:
         """Count what is in the file; return how many records are torn."""
-        status = os.fstat(self._file())
-        if not stat.S_ISREG(status.st_mode):
-            raise _NotOurs("not a regular file")
-        self.size = status.st_size
+        self.size = os.fstat(self._file()).st_size
         head = os.pread(self._file(), len(SEGMENT_HEAD), 0)
         if not SEGMENT_HEAD.startswith(head):
             raise _NotOurs("not a segment of this version")
@@ -503,9 +499,7 @@ class _Segment:
 
     def _file(self) -> int:
         if self._fd is None:
-            # What is not a file shall neither be followed nor waited for.
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
-            self._fd = os.open(self.path, flags)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
         return self._fd
 
     def _record_from(self, at: int) -> _Record | None:
