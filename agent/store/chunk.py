@@ -26,6 +26,10 @@ class Chunk:
     words: set[int]
     payload: bytes
 
+    def starts_us(self) -> list[int]:
+        """Return what may be the trace's start, or become it."""
+        return [at_us for at_us in (self.root_us, self.first_us) if at_us is not None]
+
 
 def chunks_of(spans: Sequence[ZipkinSpan]) -> list[Chunk]:
     """Return the spans by trace, each trace's in their order."""

@@ -60,7 +60,10 @@ def _candidates(db: Connection, query: Query) -> Iterator[int]:
 
     A part is only asked when what the parts before it gave does not come first.
     """
-    expression = match_expression(alternatives(query))
+    wanted = alternatives(query)
+    if not all(wanted):
+        return
+    expression = _match_expression(wanted)
     waiting: list[tuple[int, int]] = []  # a heap, of what sorts last negated
     window = query.first_us, query.last_us
     for part, last_us in db.execute(PARTS, window).fetchall():
@@ -73,7 +76,7 @@ def _candidates(db: Connection, query: Query) -> Iterator[int]:
         yield -heappop(waiting)[1]
 
 
-def match_expression(wanted: list[list[int]]) -> str:
+def _match_expression(wanted: list[list[int]]) -> str:
     """Return FTS5's expression for a word of each list."""
     return " AND ".join(
         "(" + text_of(words).replace(" ", " OR ") + ")" for words in wanted
