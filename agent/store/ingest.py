@@ -70,12 +70,13 @@ def insert(
             ),
         ).fetchone()
         new += spans == chunk.spans
-        upto += chunk.spans
-        rows.append((upto, trace, chunk.spans, chunk.payload))
+        for piece in chunk.pieces:
+            upto += piece.spans
+            rows.append((upto, trace, piece.spans, piece.durations, piece.payload))
         words.setdefault(trace, set()).update(chunk.words)
         unsettled[trace] = (trace, upto, now_s)
         starts.setdefault(_part_of(parts, trace), []).extend(chunk.starts_us())
-    db.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?)", rows)
+    db.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", rows)
     db.executemany(
         "INSERT OR REPLACE INTO unsettled VALUES (?, ?, ?)", unsettled.values()
     )
@@ -83,7 +84,7 @@ def insert(
     for part, starts_us in starts.items():
         if starts_us:
             db.execute(WIDEN_PART, (min(starts_us), max(starts_us), part))
-    payload_bytes = sum(len(chunk.payload) for chunk in chunks)
+    payload_bytes = sum(len(payload) for *_, payload in rows)
     db.execute(
         "UPDATE parts SET bytes = bytes + ? WHERE part = ?", (payload_bytes, parts[-1])
     )

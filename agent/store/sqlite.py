@@ -40,11 +40,12 @@ CREATE TABLE traces (
 );
 CREATE INDEX traces_by_start ON traces (start_us);
 
--- What arrived of one trace at one time.
+-- Spans of one trace that arrived at one time.
 CREATE TABLE chunks (
     upto INTEGER PRIMARY KEY AUTOINCREMENT,  -- spans ever stored, these included
     trace INTEGER NOT NULL,
     spans INTEGER NOT NULL,
+    durations BLOB,                          -- JSON: by service, sorted; only of many
     payload BLOB NOT NULL                    -- JSON list, deflated
 );
 CREATE INDEX chunks_by_trace ON chunks (trace);
@@ -146,7 +147,7 @@ class File:
                 "SELECT count(*) FROM sqlite_master"
             ).fetchone()
             if not objects:
-                for statement in SCHEMA.split(";"):
+                for statement in SCHEMA.split(";\n"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -155,6 +155,35 @@ def test_a_search_finds_what_brute_force_finds(tmp_path_factory, batches, asked)
             assert ids == [spans[0]["traceId"] for spans in expected]
 
 
+def test_a_duration_is_found_in_a_trace_of_many_spans(database):
+    database.add(
+        [
+            span(1, number, "ab"[number % 2], duration=1_000_000 + number * 10)
+            for number in range(1, 1001)
+        ]
+    )
+
+    def found(shortest_us, longest_us, service=""):
+        return bool(
+            database.traces(
+                everything(
+                    service=service,
+                    min_duration_us=shortest_us,
+                    max_duration_us=longest_us,
+                )
+            )
+        )
+
+    assert found(1_000_030, 1_000_030)
+    assert found(1_000_030, 1_000_030, "b")
+    assert not found(1_000_030, 1_000_030, "a")
+    assert not found(1_000_031, 1_000_039)
+    assert found(1_009_991, None)
+    assert found(1_009_991, None, "a")
+    assert not found(1_009_991, None, "b")
+    assert not found(1_010_001, None)
+
+
 def test_names_are_offered_sorted(database):
     database.add(
         [
@@ -444,6 +473,7 @@ def test_killed_while_it_writes_it_has_what_it_took_and_no_halves(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", ADDER, str(path)], stdout=subprocess.PIPE, text=True
     ) as process:
+        assert process.stdout
         for line in process.stdout:
             if int(line) >= 30:
                 break
