@@ -15,7 +15,6 @@ from typing import Any
 import orjson
 from podspan.agent.store.chunk import unpack
 from podspan.agent.store.edges import Edge, Tallies, Tally, add_links
-from podspan.agent.store.ingest import part_of
 from podspan.agent.store.linker import Link, link_trace
 from podspan.agent.store.logscale import bucket_of, middle_of
 from podspan.agent.store.query import start_us
@@ -53,6 +52,7 @@ JOIN services AS parents ON parents.no = parent
 JOIN services AS children ON children.no = child
 WHERE part IN (SELECT part FROM parts) AND width_us = ? AND slot BETWEEN ? AND ?
 """
+PART_OF = "SELECT max(part) FROM parts WHERE part <= ?"
 PLACE = "part = ? AND width_us = ? AND slot = ? AND parent = ? AND child = ?"
 GET_SUM = f"SELECT calls, errors, durations FROM edges WHERE {PLACE}"  # noqa: S608
 SET_SUM = "INSERT OR REPLACE INTO edges VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -93,7 +93,7 @@ def record(db: Connection, settled: Iterable[Settled]) -> None:
             "UPDATE traces SET linked_upto = ?, summary = ? WHERE no = ?",
             (trace.upto, trace.summary, trace.trace),
         )
-        part = part_of(trace.trace)
+        (part,) = db.execute(PART_OF, (trace.trace,)).fetchone()
         for slot in _slots_of(part, trace.counted_start_us):
             add_links(changes.setdefault(slot, {}), trace.counted_links, -1)
         for slot in _slots_of(part, trace.start_us):

@@ -1,6 +1,7 @@
 """Traces as a cluster of 50 services makes them, with the tags of Istio's sidecars."""
 
 import random
+from typing import Any
 
 SERVICES = [f"service-{number}" for number in range(50)]
 METHODS = ["GET", "GET", "GET", "POST", "PUT"]
@@ -24,7 +25,7 @@ def trace(chance, number, calls):
     request_id = f"{chance.getrandbits(128):032x}"
     start_us = FIRST_US + number * TRACE_GAP_US + chance.randrange(TRACE_GAP_US)
     spans = []
-    callers = [("ingress", None, start_us, 2_000_000)]
+    callers: list[Any] = [("ingress", None, start_us, 2_000_000)]
     for _ in range(calls):
         caller, parent_id, since_us, room_us = callers[chance.randrange(len(callers))]
         # Each calls a few others, as services do.
