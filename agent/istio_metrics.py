@@ -314,11 +314,11 @@ def _distributions(
     group: list[tuple[Edge, _Series]], first: int, total: int
 ) -> Iterator[Distribution]:
     for edge, series in group:
-        counts = series.counts[:]  # in one step, as above
+        counts = series.counts
         illustrated = first == DURATIONS
         yield Distribution(
             _labels(edge),
-            counts[first : first + BUCKETS],
+            counts[first : first + BUCKETS],  # a copy in one step, as above
             counts[total] / 1000 if illustrated else counts[total],
             dict(series.exemplars) if illustrated else {},
         )

@@ -3,7 +3,9 @@
 One end's namespace is known by its inode. The other end is an address: that of a pod of
 this node, or one that another namespace of this node was seen to have. What may be
 someone else's stays unknown: a wrong name is worse than none. So of a Service's cluster
-address, of a pod of another node, and of one on the node's network nothing is said.
+address, of a pod of another node, and of one on the node's network nothing is said. Nor
+of loopback, and of who calls a server from its own address: where connections are
+redirected, as in Istio, their proxy does.
 
 Names are those of workloads, not of pods, so that their number does not grow with time.
 """
@@ -83,9 +85,11 @@ class Workloads:
         if own is None:
             own = self._other(netns, exchange)
         address = exchange.peer_addr
+        if address == exchange.local_addr and exchange.role is Role.SERVER:
+            return own, NOBODY
         peer = self._by_address.get(address)
         if peer is None:
-            peer = self._at(address, own)
+            peer = self._at(address)
         return own, peer
 
     def _renew(self, pods: Mapping[int, Pod]) -> None:
@@ -127,11 +131,8 @@ class Workloads:
         is_free = known is None or not self._names.name(known, "")
         self._learnt[address] = netns if is_free else _AMBIGUOUS
 
-    def _at(self, address: str, own: Workload) -> Workload:
+    def _at(self, address: str) -> Workload:
         """Return who has an address that is no pod's."""
-        if _is_loopback(address):
-            # It does not leave the namespace; without a name, that is many programs'.
-            return own if own.name not in self._programs else NOBODY
         netns = self._learnt.get(address, _AMBIGUOUS)
         name = self._names.name(netns, "") if netns else ""
         return _of_name(name) if name else NOBODY
@@ -244,10 +245,6 @@ def _of_pod(pod: Pod) -> Workload:
 @lru_cache(maxsize=1024)
 def _of_name(name: str) -> Workload:
     return Workload(name=name, canonical_service=name)
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
 
 
 @lru_cache(maxsize=4096)

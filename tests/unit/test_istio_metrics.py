@@ -258,6 +258,13 @@ def test_parted_connections_are_bounded_and_counted_once(metrics, monkeypatch):
         assert metrics.total(f"istio_tcp_connections_{what}_total") == expected
 
 
+def test_a_tcp_servers_connection_may_carry_tls(metrics):
+    metrics.observe(server(protocol=2, end=int(End.CLOSED_THERE)))
+    labels = metrics.sample("istio_tcp_connections_closed_total").labels
+    assert labels["connection_security_policy"] == "unknown"
+    assert labels["destination_service"] == "ratings"  # the canonical one, as Istio
+
+
 def test_a_connection_that_failed_has_istios_flag(metrics):
     metrics.observe(connection(End.CONNECT_FAILED))
     labels = metrics.sample("istio_tcp_connections_opened_total").labels
@@ -281,13 +288,15 @@ def test_series_are_bounded_and_what_is_beyond_is_counted(tmp_path):
     assert dropped == 3
 
 
-def test_what_is_idle_gives_its_place_to_what_is_new(tmp_path):
+def test_what_is_idle_gives_its_place_to_what_is_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(istio_metrics, "MAX_EXEMPLARS", 2)
     metrics = Metrics(tmp_path, max_series=2)
     metrics.observe(client(status=200), client(status=201))
     metrics.clock.now_s += istio_metrics.IDLE_S + 1
     metrics.observe(client(status=201), client(status=202), client(status=203))
-    codes = {o.labels["response_code"] for o in metrics.samples("istio_requests_total")}
-    assert codes == {"201", "202"}
+    found = metrics.samples("istio_requests_total")
+    assert {one.labels["response_code"] for one in found} == {"201", "202"}
+    assert all(one.exemplar for one in found)
     assert metrics.total("istio_requests_total") == 3
 
 

@@ -96,9 +96,19 @@ def test_in_a_cluster_what_is_no_known_pod_is_nobody(cluster):
     )
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1"])
-def test_loopback_is_the_pod_itself(cluster, address):
-    assert cluster.ends(REVIEWS, address, address) == (workload("reviews"),) * 2
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.6", "::1", "::6"])
+def test_loopback_is_nobodys(cluster, address):
+    """A redirected connection comes from there."""
+    assert cluster.ends(REVIEWS, "10.1.0.1", address) == (workload("reviews"), NOBODY)
+
+
+def test_who_calls_from_the_servers_own_address_is_nobody(cluster):
+    """Where the pod has no ::6, redirected connections do."""
+    served = call(REVIEWS, "fd00::1", "fd00::1", role=2)
+    assert cluster.workloads.ends(served) == (workload("reviews"), NOBODY)
+    # A client knows whom it calls.
+    both = cluster.ends(REVIEWS, "fd00::1", "fd00::1")
+    assert both == (workload("reviews"),) * 2
 
 
 def test_a_pod_that_changed_has_its_new_name(cluster):
@@ -168,14 +178,12 @@ def test_an_address_goes_to_the_next_when_its_namespace_is_gone(namespaces):
 @pytest.mark.parametrize("address", ["fe80::1", "127.0.0.2", "::", "0.0.0.0"])
 def test_what_every_namespace_may_have_is_not_learnt(namespaces, address):
     namespaces.ends(namespaces.back, address)
-    assert namespaces.ends(namespaces.front, "10.0.0.1", address)[1] != "back"
+    assert namespaces.ends(namespaces.front, "10.0.0.1", address)[1] == "unknown"
 
 
-def test_loopback_is_the_namespace_itself_where_it_has_a_name(namespaces):
-    here = "127.0.0.1"
-    assert namespaces.ends(namespaces.front, here, here) == ("front", "front")
-    # Of one without, many programs.
-    assert namespaces.ends(7, here, here, comm=b"curl") == ("curl", "unknown")
+def test_without_a_name_it_is_the_programs(namespaces):
+    found = namespaces.ends(7, "192.0.2.1", "192.0.2.1", comm=b"curl")
+    assert found == ("curl", "unknown")
 
 
 def test_programs_are_bounded(namespaces, monkeypatch):
