@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from podspan.agent.config import SPAN_IDS, status_address
 from podspan.agent.errors import ReplayError, UsageError
@@ -26,6 +26,9 @@ from podspan.agent.replay.replay import Replay, Summary
 from podspan.agent.span import Span, SpanOptions
 from podspan.agent.tags import CONVENTIONS
 from podspan.agent.tree import WIDTH
+
+if TYPE_CHECKING:
+    from podspan.agent.replay.store import StoreExporter
 
 SERVE_ADDRESS = "127.0.0.1:9411"
 
@@ -71,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
         )
         stop = stack.enter_context(_stop_signals())
         _run(capture, replay, outputs, stop)
+        outputs.settle()
         _report(capture, replay.summary(), interrupted=stop.is_set())
         if stop.is_set():
             return 130
@@ -86,6 +90,7 @@ class _Outputs:
         self._exporters: list[Exporter] = []
         self._stack = stack
         self._now_s = 0.0  # the capture's time
+        self._store: StoreExporter | None = None
         self.url = ""  # of the viewer
         if options.json:
             self._add(JsonLinesExporter(options.json))
@@ -106,6 +111,11 @@ class _Outputs:
         for exporter in self._exporters:
             exporter.tick()
 
+    def settle(self) -> None:
+        """All spans have come."""
+        if self._store is not None:
+            self._store.settle()
+
     def _add(self, exporter: Exporter) -> None:
         self._stack.callback(exporter.close, 0)
         self._exporters.append(exporter)
@@ -121,7 +131,7 @@ class _Outputs:
                 tempfile.TemporaryDirectory(prefix="podspan-replay-")
             )
             path = Path(folder) / "traces.db"
-        store = StoreExporter(path)
+        self._store = store = StoreExporter(path)
         self._add(store)
         if options.serve:
             server = StoreServer(store.database, options.serve)

@@ -130,7 +130,7 @@ class Traces:
         # Open calls by what they carry, and by how they look.
         self._by_ids: dict[_Carried, list[_Open]] = {}
         self._by_look: dict[_Look, list[_Open]] = {}
-        self._tunnels: dict[Call, Ids] = {}
+        self._tunnels: dict[Call, _Open] = {}  # that made one
 
     def began(
         self, connection: Connection, call: Call, head: RequestHead, text: bytes
@@ -161,7 +161,7 @@ class Traces:
         if ending is UNSEEN:
             self._count["end_unseen"] += 1
         if connection.conversation.tunnel is call:
-            self._tunnels[call] = under_way.ids
+            self._tunnels[call] = under_way
         if under_way.elsewhere:
             self._count["seen_elsewhere"] += 1
         elif not under_way.ids.sampled:
@@ -194,8 +194,9 @@ class Traces:
             positions = [stream.first or 0 for stream in connection.streams]
             ids = _root(_seed(connection, *positions), FLAG_SAMPLED)
         else:
-            asked = self._tunnels.pop(tunnel)
-            if not any(connection.sizes):
+            made = self._tunnels.pop(tunnel)
+            asked = made.ids
+            if made.elsewhere or not any(connection.sizes):
                 return
             if not asked.sampled:
                 self._count["unsampled"] += 1

@@ -12,6 +12,8 @@ from ipaddress import ip_address
 import pytest
 from podspan.agent.ids import derive_id
 
+REPLAY = "import sys; from podspan.agent.replay.command import main; main(sys.argv[1:])"
+
 DEADLINE_S = 20
 PORT = 8080
 TRACE = "463ac35c9f6413ad48485a3953bb6124"
@@ -21,13 +23,13 @@ NGINX = """\
 daemon off; pid {dir}/pid; worker_processes 1; error_log {dir}/errors;
 events {{ worker_connections 64; }}
 http {{
-    client_body_temp_path {dir}/body; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;
-    uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s; default_type text/plain;
-    log_format facts escape=json '{{"trace":"$http_x_b3_traceid","span":"$http_x_b3_spanid",'
+    client_body_temp_path {dir}/body; proxy_temp_path {dir}/p; default_type text/plain;
+    fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
+    log_format facts escape=json '{{'
+        '"trace":"$http_x_b3_traceid","span":"$http_x_b3_spanid",'
         '"parent":"$http_x_b3_parentspanid","sampled":"$http_x_b3_sampled",'
         '"method":"$request_method","target":"$request_uri","status":$status,'
-        '"sent":$body_bytes_sent,"client":"$remote_addr","port":$remote_port,'
-        '"chunked":"$sent_http_transfer_encoding"}}';
+        '"sent":$body_bytes_sent,"client":"$remote_addr","port":$remote_port}}';
     access_log {dir}/access facts;
     client_max_body_size 100m;
     server {{
@@ -110,7 +112,7 @@ def tcpdump(namespace, path, *options):
 
 def replayed(path, *options):
     done = subprocess.run(
-        [sys.executable, "-m", "podspan.agent.replay", path, "--json", "-", *options],
+        [sys.executable, "-c", REPLAY, path, "--json", "-", *options],
         capture_output=True,
         text=True,
         timeout=60,
@@ -209,7 +211,8 @@ def test_the_spans_are_those_of_nginxs_log(two_ns_veth, tmp_path, version, where
         span = servers[key]
         assert span["shared"] is True
         assert clients[span["id"]]["traceId"] == span["traceId"]
-        if row["chunked"] == "":
+        # nginx counts chunks' framing, and a 100 (Continue).
+        if row["target"] not in ("/upload", "/page"):
             assert int(span["tags"]["response_size"]) == row["sent"]
         if not row["trace"]:
             assert span["tags"]["podspan.link"] == "none"
