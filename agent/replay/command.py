@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from podspan.agent import values
 from podspan.agent.config import SPAN_IDS
@@ -28,6 +28,9 @@ from podspan.agent.span import Span, SpanOptions
 from podspan.agent.tags import CONVENTIONS
 from podspan.agent.tree import WIDTH
 from podspan.agent.values import Address
+
+if TYPE_CHECKING:
+    from podspan.agent.replay.store import StoreExporter
 
 SERVE_ADDRESS = "127.0.0.1:9411"
 
@@ -73,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
         )
         stop = stack.enter_context(_stop_signals())
         _run(capture, replay, outputs, stop)
+        outputs.settle()
         _report(capture, replay.summary(), interrupted=stop.is_set())
         if stop.is_set():
             return 130
@@ -88,6 +92,7 @@ class _Outputs:
         self._exporters: list[Exporter] = []
         self._stack = stack
         self._now_s = 0.0  # the capture's time
+        self._store: StoreExporter | None = None
         self.url = ""  # of the viewer
         if options.json:
             self._add(JsonLinesExporter(options.json))
@@ -108,6 +113,11 @@ class _Outputs:
         for exporter in self._exporters:
             exporter.tick()
 
+    def settle(self) -> None:
+        """All spans have come."""
+        if self._store is not None:
+            self._store.settle()
+
     def _add(self, exporter: Exporter) -> None:
         self._stack.callback(exporter.close, 0)
         self._exporters.append(exporter)
@@ -123,7 +133,7 @@ class _Outputs:
                 tempfile.TemporaryDirectory(prefix="podspan-replay-")
             )
             path = Path(folder) / "traces.db"
-        store = StoreExporter(path)
+        self._store = store = StoreExporter(path)
         self._add(store)
         if options.serve:
             host = options.serve.host

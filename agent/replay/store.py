@@ -1,4 +1,4 @@
-"""Where the spans of a replay go: trees, JSON lines, the embedded store."""
+"""Spans of a replay into the embedded store."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class StoreExporter:
         self.database.add(parse_json(body.encode()))
         self._sent += len(spans)
 
+    def settle(self) -> None:
+        """Work out now what the dependency graph shows; by itself it takes a while."""
+        self.database.settle(quiet_s=0)
+
     def tick(self) -> None:
         """Nothing waits here."""
 
@@ -35,6 +39,5 @@ class StoreExporter:
         return {"sent": self._sent}
 
     def close(self, timeout_s: float) -> None:  # noqa: ARG002
-        """Work out what the viewer's graph shows, and close the file."""
-        self.database.settle(quiet_s=0)
+        """Close the file."""
         self.database.close()

@@ -48,6 +48,9 @@ from podspan.agent.url import HOST_CUT, TARGET_CUT
 _32_BITS = (1 << 32) - 1
 _64_BITS = (1 << 64) - 1
 
+# Where one call is captured at most: each address translation adds one.
+MAX_PLACES = 8
+
 _Key = TypeVar("_Key", bound=Hashable)
 
 # As the kernel's record cuts them (bpf/exchange.h), in bytes.
@@ -88,13 +91,17 @@ class Ids:
 _Look = tuple[int, int, int]
 
 
+# Trace and span id on the wire, and the address of who got them.
+_Carried = tuple[int, int, bytes]
+
+
 @dataclass(slots=True)
 class _Open:
     """A call under way."""
 
     connection: Connection
     ids: Ids
-    carried_ids: tuple[int, int] | None  # trace and span id on the wire
+    carried: _Carried | None
     look: _Look
     elsewhere: bool  # another open call is the same
     minor: int
@@ -121,9 +128,9 @@ class Traces:
         self._child_ids = child_ids
         self._open: dict[Call, _Open] = {}
         # Open calls by what they carry, and by how they look.
-        self._by_ids: dict[tuple[int, int], list[_Open]] = {}
+        self._by_ids: dict[_Carried, list[_Open]] = {}
         self._by_look: dict[_Look, list[_Open]] = {}
-        self._tunnels: dict[Call, Ids] = {}
+        self._tunnels: dict[Call, _Open] = {}  # that made one
 
     def began(
         self, connection: Connection, call: Call, head: RequestHead, text: bytes
@@ -135,7 +142,7 @@ class Traces:
         ids, carried = self._ids_of(connection, head, seed)
         elsewhere = any(
             _are_translated(connection, other.connection)
-            for other in self._by_look.get(look, ())
+            for other in self._by_look.get(look, ())[:MAX_PLACES]
         )
         texts = _texts_of(head)
         address, _ = address_and_port(connection.server_end)
@@ -154,7 +161,7 @@ class Traces:
         if ending is UNSEEN:
             self._count["end_unseen"] += 1
         if connection.conversation.tunnel is call:
-            self._tunnels[call] = under_way.ids
+            self._tunnels[call] = under_way
         if under_way.elsewhere:
             self._count["seen_elsewhere"] += 1
         elif not under_way.ids.sampled:
@@ -187,8 +194,9 @@ class Traces:
             positions = [stream.first or 0 for stream in connection.streams]
             ids = _root(_seed(connection, *positions), FLAG_SAMPLED)
         else:
-            asked = self._tunnels.pop(tunnel)
-            if not any(connection.sizes):
+            made = self._tunnels.pop(tunnel)
+            asked = made.ids
+            if made.elsewhere or not any(connection.sizes):
                 return
             if not asked.sampled:
                 self._count["unsampled"] += 1
@@ -246,7 +254,7 @@ class Traces:
 
     def _ids_of(
         self, connection: Connection, head: RequestHead, seed: int
-    ) -> tuple[Ids, tuple[int, int] | None]:
+    ) -> tuple[Ids, _Carried | None]:
         context = read_context(head.headers)
         if context.malformed:
             self._count["context_malformed"] += 1
@@ -255,30 +263,32 @@ class Traces:
             flags |= FLAG_ACCEPTED_DEBUG
         if not context.has_ids:
             return _root(seed, flags), None
-        carried = context.trace_id, context.span_id
-        parent_id = self._served_by(connection, carried)
+        trace_id, server = context.trace_id, connection.server_end[:-2]
+        parent_id = self._served_by(connection, trace_id, context.span_id)
         if parent_id:
             span_id = seed & _64_BITS or 1
         else:
             span_id = context.span_id
             parent_id = context.parent_id or _parent_beside(head.headers, context)
-        return Ids(context.trace_id, span_id, parent_id, Link.HEADER, flags), carried
+        ids = Ids(trace_id, span_id, parent_id, Link.HEADER, flags)
+        return ids, (trace_id, context.span_id, server)
 
-    def _served_by(self, connection: Connection, carried: tuple[int, int]) -> int:
+    def _served_by(self, connection: Connection, trace_id: int, span_id: int) -> int:
         """Return the span in which this client serves a call that carries these ids."""
-        client, _ = address_and_port(connection.client_end)
-        for under_way in self._by_ids.get(carried, ()):
-            serving, _ = address_and_port(under_way.connection.server_end)
-            if under_way.connection is not connection and serving == client:
-                span_id = under_way.ids.span_id
-                return derive_id(span_id) if self._child_ids else span_id
-        return 0
+        client = connection.client_end[:-2]
+        serving = self._by_ids.get((trace_id, span_id, client), ())
+        # A connection to the client itself would serve itself.
+        served = next((o for o in serving if o.connection is not connection), None)
+        if served is None:
+            return 0
+        own_id = served.ids.span_id
+        return derive_id(own_id) if self._child_ids else own_id
 
     def _forget(self, call: Call) -> _Open:
         under_way = self._open.pop(call)
         _remove(self._by_look, under_way.look, under_way)
-        if under_way.carried_ids is not None:
-            _remove(self._by_ids, under_way.carried_ids, under_way)
+        if under_way.carried is not None:
+            _remove(self._by_ids, under_way.carried, under_way)
         return under_way
 
     def _both_halves(

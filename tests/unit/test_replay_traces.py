@@ -195,6 +195,17 @@ def test_a_server_that_calls_has_the_name_by_which_it_is_called():
     ]
 
 
+def test_loopback_has_no_name_of_its_own():
+    """All services of a machine share it."""
+    first = Talk(("127.0.0.1", 40000), ("127.0.0.1", 9080)).handshake()
+    first.exchange(ASKED, ANSWERED)
+    second = Talk(("127.0.0.1", 40009), ("127.0.0.1", 80), at_ns=first.at_ns)
+    second.handshake().exchange(request("/x", host="ratings"), ANSWERED)
+    spans, _ = replayed(captured(first, second))
+    clients = {span.local.service for span in spans if span.kind == "CLIENT"}
+    assert clients == {"127.0.0.1"}
+
+
 def test_an_address_with_two_names_has_none():
     first = Talk(server=("10.0.0.2", 80)).handshake()
     first.exchange(request("/", host="a"), ANSWERED)
