@@ -30,6 +30,9 @@ setup(
         # here: the package named bcc on PyPI is another thing.
         "python-iptables~=1.2",  # init: rules in legacy tables, through libxtables
         "h2~=4.4",  # redirect: frames, HPACK and flow control of HTTP/2
+        # export: OTLP's messages; its one dependency is protobuf, whose C core encodes
+        "opentelemetry-proto~=1.45",
+        "orjson~=3.13",  # export: JSON, an order of magnitude faster than json
         "msgpack~=1.2",  # redirect: what workers and agent tell each other
         "pyroute2~=0.9.7",  # namespaces, links and addresses by netlink
         "urllib3~=2.8",  # export: HTTP with connection reuse
@@ -45,6 +48,7 @@ setup(
             "pytest==9.2.0",
             "ruff==0.17.6",
             "scapy==2.8.0",  # reads the injected headers off the wire
+            "types-protobuf==7.35.1.20260906",  # for mypy
         ],
     },
     entry_points={"console_scripts": ["podspan = podspan.agent.__main__:main"]},
