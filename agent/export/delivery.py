@@ -307,7 +307,11 @@ class BackendExporter:
     def _attempt(self, batch: _Batch) -> Verdict:
         """Send the first part, once."""
         if batch.body is None:
-            batch.body = self._encoder.encode(batch.parts[0])
+            try:
+                batch.body = self._encoder.encode(batch.parts[0])
+            except (TypeError, ValueError) as exc:
+                # A text that is none, as half of a surrogate pair. Halving finds it.
+                return Verdict(Outcome.TOO_LARGE, f"cannot be encoded: {exc}")
             batch.compressed = len(batch.body) > GZIP_OVER_BYTES
             if batch.compressed:
                 batch.body = gzip.compress(batch.body, GZIP_LEVEL)
