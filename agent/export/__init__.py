@@ -1,8 +1,14 @@
 """podspan.agent.export: where spans go.
 
-zipkin.py   POSTs to a collector, in the background
-jsonl.py    one span per line, into a file
-tree.py     trees, onto the terminal
+delivery.py     to one backend, in the background: batches, retries, a spool
+spool.py        what waits on disk
+client.py       HTTP and TLS, credentials that rotate
+destination.py  where a backend is, and how to prove who we are
+encoder.py      what a protocol is to delivery.py
+zipkin.py       Zipkin v2 JSON
+otlp.py         OTLP: the mapping, its JSON; otlp_protobuf.py the binary encoding
+jsonl.py        one span per line, into a file
+tree.py         trees, onto the terminal
 """
 
 from __future__ import annotations

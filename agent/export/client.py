@@ -121,17 +121,10 @@ class Client:
                 preload_content=False,
                 decode_content=False,
             )
-            try:
-                start = response.read(MAX_ANSWER_BYTES)
-                # What goes on is not waited for; that connection is not used again.
-                if response.read(1):
-                    response.close()
-            finally:
-                response.release_conn()
         except urllib3.exceptions.HTTPError as exc:
             raise NoAnswer(_reason(exc)) from exc
         names = {name.lower(): text for name, text in response.headers.items()}
-        return Answer(response.status, names, start)
+        return Answer(response.status, names, _start_of(response))
 
     def redacted(self, text: str) -> str:
         """Return a text of the destination's, or of the library's, without secrets."""
@@ -155,6 +148,24 @@ class Client:
             self._pool = urllib3.PoolManager(maxsize=1, retries=False, ssl_context=tls)
             self._pool_tls = tls
         return self._pool
+
+
+def _start_of(response: urllib3.BaseHTTPResponse) -> bytes:
+    """Return the first MAX_ANSWER_BYTES of the body.
+
+    The status has answered: a body that breaks off is no reason to send again.
+    """
+    start = b""
+    try:
+        start = response.read(MAX_ANSWER_BYTES)
+        # What goes on is not waited for; that connection is not used again.
+        if response.read(1):
+            response.close()
+    except urllib3.exceptions.HTTPError:
+        response.close()
+    finally:
+        response.release_conn()
+    return start
 
 
 def _reason(exc: urllib3.exceptions.HTTPError) -> str:

@@ -307,7 +307,11 @@ class BackendExporter:
     def _attempt(self, batch: _Batch) -> Verdict:
         """Send the first part, once."""
         if batch.body is None:
-            batch.body = self._encoder.encode(batch.parts[0])
+            try:
+                batch.body = self._encoder.encode(batch.parts[0])
+            except (TypeError, ValueError) as exc:
+                # A text that is none, as half of a surrogate pair. Halving finds it.
+                return Verdict(Outcome.TOO_LARGE, f"cannot be encoded: {exc}")
             batch.compressed = len(batch.body) > GZIP_OVER_BYTES
             if batch.compressed:
                 batch.body = gzip.compress(batch.body, GZIP_LEVEL)
@@ -330,6 +334,8 @@ class BackendExporter:
         pause_s = self._pause_s(verdict)
         self._tries += 1
         with self._changed:
+            if self._abandoned:
+                return
             batch.failed = True
             late_s = time.monotonic() + pause_s - batch.started_s
             if self._spool is None and late_s > self._retry_s:
@@ -358,26 +364,28 @@ class BackendExporter:
                 self._changed.wait()
             if self._abandoned:
                 return
+            if batch.moved is None:
+                self._count_part(batch, verdict)
         if batch.moved is not None and self._spool is not None:
             # Still there, unless the spool's bound has taken it.
-            if self._spool.peek() != batch.moved:
-                with self._changed:
+            there = self._spool.peek() == batch.moved
+            with self._changed:
+                batch.source, batch.moved = self._spool, None
+                if not there:
                     self._batch = None
-                return
-            batch.moved = None
-            batch.source = self._spool
-        with self._changed:
-            spans = batch.next_part()
-            counts = self._counts if batch.source is None else batch.counts
-            _count(counts, verdict, spans)
-            if batch.parts:
-                return
-            self._batch = None
-        if batch.source is not None:
+                    return
+                self._count_part(batch, verdict)
+        if batch.source is not None and not batch.parts:
             batch.source.ack()
             with self._changed:
                 for outcome, number in batch.counts.items():
                     self._counts[outcome] += number
+
+    def _count_part(self, batch: _Batch, verdict: Verdict) -> None:
+        counts = self._counts if batch.source is None else batch.counts
+        _count(counts, verdict, batch.next_part())
+        if not batch.parts:
+            self._batch = None
 
     # The mover's thread.
 

@@ -94,8 +94,8 @@ class Backend:
                     backend.changed.notify_all()
                 backend.hang.wait(PATIENCE_S)
                 self.send_response(reply.status)
-                self.send_header("content-length", str(len(reply.body)))
-                for name, value in reply.headers.items():
+                length = {"content-length": str(len(reply.body))}
+                for name, value in (length | reply.headers).items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(reply.body)

@@ -231,6 +231,16 @@ def test_one_span_that_is_too_large_costs_no_other(backend):
     assert exporter.counters() | {"sent": 1, "refused": 1} == exporter.counters()
 
 
+@pytest.mark.parametrize("encoder", [ZipkinEncoder(), OtlpEncoder()])
+def test_one_span_that_cannot_be_encoded_costs_no_other(backend, caplog, encoder):
+    made = spans(9)
+    made[4] = replace(made[4], tags={"text": "\udce9"})
+    with exporting(backend.url, encoder=encoder) as exporter:
+        exporter.export(made)
+    assert exporter.counters() | {"sent": 8, "refused": 1} == exporter.counters()
+    assert "cannot be encoded: " in caplog.text
+
+
 def test_a_redirect_is_not_followed(backend, caplog):
     elsewhere = Backend()
     backend.usual = Reply(307, headers={"location": elsewhere.url + "?q=1"})
@@ -317,6 +327,14 @@ def test_an_endless_answer_is_not_read(backend):
         exporter.export(spans(3))
     assert exporter.counters()["sent"] == 3
     assert len(backend.connections) == 3
+
+
+def test_an_answer_that_breaks_off_is_an_answer(backend):
+    backend.replies = [Reply(202, headers={"content-length": "9"})]
+    with exporting(backend.url, request_timeout_s=0.1, batch_spans=1) as exporter:
+        exporter.export(spans(2))
+    assert backend.ids() == [1, 2]
+    assert exporter.counters()["sent"] == 2
 
 
 def test_close_does_not_outlast_its_time(backend):
