@@ -4,7 +4,7 @@ import re
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from browser.conftest import SCREENSHOTS, now_us
+from browser.conftest import NARROW, SCREENSHOTS, now_us, size
 from browser.traces import INJECTION, ODD, bookinfo
 from playwright.sync_api import expect
 
@@ -258,3 +258,14 @@ def test_an_old_search_never_replaces_a_newer_one(listed):
     expect(listed.locator(ROWS)).to_have_count(1)
     assert held
     expect(listed.locator(".found")).to_contain_text("1 trace")
+
+
+def test_a_narrow_screen_shows_the_rest_of_the_filters_on_demand(listed):
+    size(listed, NARROW)
+    operation = listed.get_by_label("Operation")
+    expect(operation).to_be_hidden()
+    listed.get_by_role("button", name="More").click()
+    expect(operation).to_be_visible()
+    listed.goto(f"{listed.url}?spanName=none")
+    expect(operation).to_have_value("none")
+    expect(operation).to_be_visible()
