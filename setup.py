@@ -24,15 +24,21 @@ setup(
             *(f"podspan.{folder}.{sub}" for sub in find_packages(folder)),
         )
     ],
-    package_data={"podspan.bpf": ["*.c", "*.h"]},
+    package_data={
+        "podspan.bpf": ["*.c", "*.h"],
+        "podspan.agent.store": ["viewer/*"],
+    },
     install_requires=[
         # bcc compiles and loads bpf/. It comes from Debian (python3-bpfcc), not from
         # here: the package named bcc on PyPI is another thing.
         "python-iptables~=1.2",  # init: rules in legacy tables, through libxtables
         "h2~=4.4",  # redirect: frames, HPACK and flow control of HTTP/2
         "msgpack~=1.2",  # redirect: what workers and agent tell each other
+        "orjson~=3.13",  # store: Zipkin's JSON, 4 us a span
+        "protobuf>=6,<8",  # store: Zipkin's protobuf format
         "pyroute2~=0.9.7",  # namespaces, links and addresses by netlink
         "urllib3~=2.8",  # export: HTTP with connection reuse
+        "waitress~=3.0",  # store: HTTP/1.1 with limits, in threads
     ],
     extras_require={
         # Exact, because a tool's next release may find what this one let pass.

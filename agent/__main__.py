@@ -62,6 +62,10 @@ COMMANDS = {
         "what this node can do, and what its agent does",
         _main_of("podspan.agent.doctor"),
     ),
+    "store": Command(
+        "keep traces, search and show them: Zipkin's API and a viewer",
+        _main_of("podspan.agent.store.command"),
+    ),
     "demo": Command(
         "start four services, trace them, print the trace",
         _main_of("podspan.agent.demo.command"),

@@ -10,6 +10,7 @@ PodspanError
     NotRedirected       a connection was tried, and the rules are not at work; exit 126
   ExportError           a place to put spans does not take them
   StatusError           the status port cannot be had
+  StoreError            the embedded store's database cannot be opened, read or written
 
 Only `podspan.agent.__main__` prints them and exits.
 """
@@ -74,3 +75,7 @@ class ExportError(PodspanError):
 
 class StatusError(PodspanError):
     """The agent cannot tell of itself where the user wants it."""
+
+
+class StoreError(PodspanError):
+    """The embedded store's database does not open, or does not take or give spans."""

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { h } from "./dom.js";
 import { ANY_TIME, DEFAULTS, LIMITS, LOOKBACKS } from "./filters.js";
 import { exactDuration, parseDuration } from "./format.js";
-import { containing, suggest } from "./suggest.js";
+import { suggest } from "./suggest.js";
 
 const BAD_DURATION = "A number and a unit: 1.5ms, 200us, 2s";
 const BAD_RANGE = "From has to be before To";
@@ -22,12 +22,12 @@ export function filterForm(filters, onFind) {
     labelled("Service", field.serviceName, "wide"),
     labelled("Operation", field.spanName, "wide"),
     labelled("Remote service", field.remoteServiceName, "wide"),
+    labelled("Time", field.lookback, "wide"),
     labelled("Tags and annotations", field.tags, "wider"),
+    custom,
     labelled("Min duration", field.minDuration),
     labelled("Max duration", field.maxDuration),
-    labelled("Time", field.lookback, "time"),
     labelled("Limit", field.limit),
-    custom,
     h(
       "div",
       { class: "filter-actions" },
@@ -135,7 +135,7 @@ export function filterForm(filters, onFind) {
 
 /** Return the form's controls: each {input, box}, but errorsOnly, which is the checkbox. */
 function fields(names) {
-  const whole = (name) => async (text) => ({ from: 0, to: text.length, options: containing(await names[name](), text) });
+  const whole = (name) => async (text) => ({ from: 0, to: text.length, options: await names[name]() });
   const text = (props) => plain(h("input", { type: "text", spellcheck: "false", autocomplete: "off", ...props }));
   const named = (name, placeholder) => {
     const input = h("input", { type: "text", placeholder, maxlength: 300 });
@@ -174,7 +174,7 @@ function labelled(text, { input, box }, width = "") {
 }
 
 /** Return the options for the term of an annotationQuery that the caret is in. */
-export async function tagOptions(text, caret, names) {
+async function tagOptions(text, caret, names) {
   const before = text.slice(0, caret).lastIndexOf(" and ");
   const start = before < 0 ? 0 : before + " and ".length;
   const after = text.indexOf(" and ", caret);
@@ -182,11 +182,11 @@ export async function tagOptions(text, caret, names) {
   const term = text.slice(start, to);
   const equals = term.indexOf("=");
   if (equals < 0) {
-    const keys = containing(await names.keys(), term);
+    const keys = await names.keys();
     return { from: start, to, options: keys.map((key) => `${key}=`) };
   }
   const values = await names.values(term.slice(0, equals).trim());
-  return { from: start + equals + 1, to, options: containing(values, term.slice(equals + 1)) };
+  return { from: start + equals + 1, to, options: values };
 }
 
 /** Set a select to a value, which becomes an option if it is none. */

@@ -8,9 +8,11 @@ let made = 0;
 /**
  * Return `input` with a list of suggestions under it.
  *
- * `complete(text, caret)` gives, or promises, {from, to, options}: the options for the
- * part of the text between from and to. What is chosen takes that part's place; an
- * option that ends with "=" wants more, any other makes the field's change event.
+ * `complete(text, caret)` promises {from, to, options}: what may stand in the part of the
+ * text between from and to. Options that contain that part are shown; where it is one
+ * of them, there is nothing to suggest, but if asked for by click or key: then all.
+ * An option chosen takes that part's place; one that ends with "=" wants more, any other
+ * makes the field's change event.
  */
 export function suggest(input, complete) {
   made += 1;
@@ -58,12 +60,13 @@ export function suggest(input, complete) {
     input.dispatchEvent(new Event("change", { bubbles: true }));
   }
 
-  async function open() {
+  async function open({ all = false } = {}) {
     const mine = (asked += 1);
-    const answer = await complete(input.value, input.selectionStart ?? input.value.length);
+    const text = input.value;
+    const { from, to, options } = await complete(text, input.selectionStart ?? text.length);
     if (mine !== asked || document.activeElement !== input) return;
     close();
-    offer = answer;
+    offer = { from, to, options: fitting(options, text.slice(from, to), all) };
     if (offer.options.length === 0) return;
     replace(
       list,
@@ -85,15 +88,15 @@ export function suggest(input, complete) {
     input.setAttribute("aria-expanded", "true");
   }
 
-  input.addEventListener("input", open);
-  input.addEventListener("click", open);
+  input.addEventListener("input", () => open());
+  input.addEventListener("click", () => open({ all: true }));
   input.addEventListener("blur", close);
   input.addEventListener("keydown", (event) => {
     const last = list.children.length - 1;
     if (list.hidden) {
       if (event.key === "ArrowDown") {
         event.preventDefault();
-        open();
+        open({ all: true });
       }
     } else if (event.key === "ArrowDown") {
       event.preventDefault();
@@ -114,9 +117,8 @@ export function suggest(input, complete) {
   return box;
 }
 
-/** Return the options that contain what is written; all, where that is one of them. */
-export function containing(options, text) {
-  const wanted = text.trim().toLowerCase();
-  if (options.some((option) => option.toLowerCase() === wanted)) return options;
+function fitting(options, written, all) {
+  const wanted = written.trim().toLowerCase();
+  if (options.some((option) => option.toLowerCase() === wanted)) return all ? options : [];
   return options.filter((option) => option.toLowerCase().includes(wanted));
 }

@@ -1,0 +1,517 @@
+"""The store's HTTP interface, as a WSGI application over a Database.
+
+    /api/v2/...           Zipkin's API, complete; also under /zipkin/api/v2/
+    /api/podspan/v1/...   edges with latencies, live tail, summaries of traces
+    /config.json          for Zipkin's own viewer; also /zipkin/config.json
+    /health /info /metrics
+    all else              the viewer (viewer_files.py)
+
+Status codes and defaults are those of Zipkin's server (ZipkinQueryApiV2 and
+ZipkinHttpCollector of Zipkin 3). Other than there, on purpose:
+
+- No origin but our own may read or write from a browser: no CORS headers, a POST with
+  another's Origin is refused, a body has to be declared JSON or protobuf (a form or
+  text/plain could be sent by any page), and on loopback the Host has to be a local name
+  or an address, so that nobody's DNS can rebind to us.
+- 405 tells the methods that there are; 413 and 415 are not 500 or 202.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from http import HTTPStatus
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+import orjson
+from podspan.agent import version
+from podspan.agent.errors import StoreError
+from podspan.agent.store import viewer_files
+from podspan.agent.store.query import Query, parse_annotation_query
+from podspan.agent.store.request import PLAIN_TEXT, Refusal, Request, Response
+from podspan.agent.store.zipkin_v2 import (
+    MalformedSpans,
+    ZipkinSpan,
+    parse_json,
+    parse_proto3,
+    trace_id_of,
+)
+
+if TYPE_CHECKING:
+    from podspan.agent.store.database import Database
+    from podspan.agent.store.summary import Summary
+
+log = logging.getLogger(__name__)
+
+DAY_MS: Final = 86_400_000
+DEFAULT_LIMIT: Final = 10
+
+# More in one answer would be gigabytes.
+MAX_TRACES: Final = 1000
+TAIL_SPANS: Final = 100
+MAX_TAIL_SPANS: Final = 1000
+
+# Names are cached once there are so many services, so that a beginner sees each appear.
+FEW_SERVICES: Final = 3
+CACHED_NAMES: Final = {"Cache-Control": "max-age=300, must-revalidate"}
+
+# Of one message. Objects of Python take ten times the room of JSON and more: of a bomb
+# of 64 MiB, two gigabytes. A span has about 25 values.
+MAX_SPANS: Final = 100_000
+MAX_VALUES: Final = 2_000_000
+MAX_PROTO_BYTES: Final = 4 * 1024 * 1024
+LARGE_BYTES: Final = 1024 * 1024  # only one message of so much at the same time
+
+JSON_TYPES: Final = ("", "application/json")
+PROTO_TYPES: Final = ("application/x-protobuf", "application/protobuf")
+
+# For Zipkin's own viewer, and whoever else asks for it; the values are its defaults.
+CONFIG: Final = {
+    "environment": "",
+    "queryLimit": DEFAULT_LIMIT,
+    "defaultLookback": 15 * 60_000,
+    "searchEnabled": True,
+    "logsUrl": None,
+    "supportUrl": None,
+    "archivePostUrl": None,
+    "archiveUrl": None,
+    "dependency": {"enabled": True, "lowErrorRate": 0.5, "highErrorRate": 0.75},
+}
+
+# Of every answer.
+SECURITY: Final = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Referrer-Policy", "no-referrer"),
+)
+
+Handler = Callable[[Request], Response]
+StartResponse = Callable[[str, list[tuple[str, str]]], object]
+
+_one_label = re.compile(r"[a-z0-9_-]+").fullmatch
+
+
+class Api:
+    """The WSGI application."""
+
+    def __init__(self, database: Database, *, local: bool) -> None:
+        """`local`: served on loopback only."""
+        self._database = database
+        self._local = local
+        self._large = threading.Lock()
+        self._services = 0
+        self._counts = _Counts()
+        self._routes = self._all_routes()
+
+    def _all_routes(self) -> dict[str, dict[str, Handler]]:
+        """Return the handlers by path, and there by method."""
+        get: dict[str, Handler] = {
+            "/api/v2/services": self._service_names,
+            "/api/v2/remoteServices": self._remote_services,
+            "/api/v2/spans": self._span_names,
+            "/api/v2/traces": self._traces,
+            "/api/v2/traceMany": self._trace_many,
+            "/api/v2/dependencies": self._dependencies,
+            "/api/v2/autocompleteKeys": self._keys,
+            "/api/v2/autocompleteValues": self._values,
+            "/api/podspan/v1/edges": self._edges,
+            "/api/podspan/v1/keys": self._keys,
+            "/api/podspan/v1/summaries": self._summaries,
+            "/api/podspan/v1/tail": self._tail,
+            "/api/podspan/v1/values": self._values,
+            "/config.json": self._config,
+            "/zipkin/config.json": self._config,
+            "/health": self._health,
+            "/info": self._info,
+            "/metrics": self._metrics,
+        }
+        routes = {path: {"GET": handler} for path, handler in get.items()}
+        routes["/api/v2/spans"]["POST"] = self._add_spans
+        return routes
+
+    def __call__(
+        self, environ: Mapping[str, Any], start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Answer one request."""
+        try:
+            response = self._answer(environ)
+        except Refusal as exc:
+            response = _text(exc.status, exc.reason, exc.headers)
+        except StoreError as exc:
+            log.warning("store: %s", exc)
+            response = _text(HTTPStatus.SERVICE_UNAVAILABLE, str(exc))
+        except Exception:
+            log.exception("store: an answer failed")
+            response = _text(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error")
+        status = response.status
+        self._counts.add(f'requests_total{{code="{int(status)}"}}')
+        headers = [
+            ("Content-Type", response.content_type),
+            ("Content-Length", str(len(response.body))),
+            *response.headers.items(),
+            *SECURITY,
+        ]
+        start_response(f"{int(status)} {status.phrase}", headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [response.body]
+
+    def _answer(self, environ: Mapping[str, Any]) -> Response:
+        request = Request(environ)
+        self._check_origin(request)
+        path = request.path
+        if path.startswith("/zipkin/api/v2/"):
+            path = path.removeprefix("/zipkin")
+        if path.startswith("/api/v2/trace/"):
+            methods: Mapping[str, Handler] = {"GET": self._trace}
+        elif path in self._routes:
+            methods = self._routes[path]
+        else:
+            methods = {"GET": viewer_files.serve}
+        method = "GET" if request.method == "HEAD" else request.method
+        if method not in methods:
+            raise Refusal(
+                HTTPStatus.METHOD_NOT_ALLOWED,
+                f"There is {' and '.join(methods)} here",
+                {"Allow": ", ".join(["HEAD", *methods])},
+            )
+        return methods[method](request)
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuse what another site's page made a browser send."""
+        host = request.header("Host")
+        if self._local and not _is_local_name(host):
+            raise Refusal(
+                HTTPStatus.MISDIRECTED_REQUEST,
+                "This store is on loopback only: ask it by address or as localhost",
+            )
+        origin = request.header("Origin")
+        if request.method == "POST" and origin and urlsplit(origin).netloc != host:
+            raise Refusal(
+                HTTPStatus.FORBIDDEN, "Another site's pages may not write here"
+            )
+
+    # Zipkin's API
+
+    def _add_spans(self, request: Request) -> Response:
+        content_type = request.header("Content-Type").partition(";")[0].strip().lower()
+        if content_type not in (*JSON_TYPES, *PROTO_TYPES):
+            raise Refusal(
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                "Send application/json or application/x-protobuf, of Zipkin's v2 model",
+            )
+        body = request.body()
+        self._counts.add("messages_total")
+        self._counts.add("message_bytes_total", len(body))
+        # Tracers send nothing, too, to see whether we are here.
+        if not body:
+            return Response(status=HTTPStatus.ACCEPTED, content_type=PLAIN_TEXT)
+        with self._room_for(body):
+            spans = _parsed(body, content_type)
+            if spans:
+                self._database.add(spans)
+        self._counts.add("spans_received_total", len(spans))
+        return Response(status=HTTPStatus.ACCEPTED, content_type=PLAIN_TEXT)
+
+    def _room_for(self, body: bytes) -> AbstractContextManager[object]:
+        """Let large messages wait for each other: their objects need much memory."""
+        return self._large if len(body) > LARGE_BYTES else nullcontext()
+
+    def _service_names(self, request: Request) -> Response:  # noqa: ARG002
+        names = self._database.services()
+        self._services = len(names)
+        return self._names(names)
+
+    def _remote_services(self, request: Request) -> Response:
+        service = request.required("serviceName").lower()
+        return self._names(self._database.remote_services(service))
+
+    def _span_names(self, request: Request) -> Response:
+        service = request.required("serviceName").lower()
+        return self._names(self._database.span_names(service))
+
+    def _names(self, names: Sequence[str]) -> Response:
+        headers = CACHED_NAMES if self._services > FEW_SERVICES else {}
+        return _json(sorted(names), headers)
+
+    def _traces(self, request: Request) -> Response:
+        return _json(self._database.traces(_query(request)))
+
+    def _trace(self, request: Request) -> Response:
+        text = request.path.removeprefix("/api/v2/trace/")
+        if not text or "/" in text:
+            raise _not_found()
+        trace_id = _trace_id(text)
+        spans = self._database.trace(trace_id)
+        if not spans:
+            raise Refusal(HTTPStatus.NOT_FOUND, f"{trace_id} not found")
+        return _json(spans)
+
+    def _trace_many(self, request: Request) -> Response:
+        text = request.required("traceIds")
+        if not text:
+            raise _bad("traceIds parameter is empty")
+        if "," not in text:
+            raise _bad(
+                "Use /api/v2/trace/{traceId} endpoint to retrieve a single trace"
+            )
+        trace_ids: dict[str, None] = {}
+        for each in text.split(",", MAX_TRACES):
+            trace_id = _trace_id(each)
+            if trace_id in trace_ids:
+                raise _bad(f"redundant traceId: {trace_id}")
+            trace_ids[trace_id] = None
+        return _json(self._database.many(list(trace_ids)))
+
+    def _dependencies(self, request: Request) -> Response:
+        links = []
+        for edge in self._database.links(*_period(request)):
+            link = {"parent": edge.parent, "child": edge.child, "callCount": edge.calls}
+            if edge.errors:
+                link["errorCount"] = edge.errors
+            links.append(link)
+        return _json(links)
+
+    def _keys(self, request: Request) -> Response:  # noqa: ARG002
+        return self._names(self._database.tag_keys())
+
+    def _values(self, request: Request) -> Response:
+        key = request.required("key")
+        if not key:
+            raise _bad("key was empty")
+        return self._names(self._database.tag_values(key))
+
+    def _config(self, request: Request) -> Response:  # noqa: ARG002
+        return _json(CONFIG)
+
+    # Ours
+
+    def _edges(self, request: Request) -> Response:
+        return _json(
+            [
+                {
+                    "parent": edge.parent,
+                    "child": edge.child,
+                    "callCount": edge.calls,
+                    "errorCount": edge.errors,
+                    "p50Us": edge.p50_us,
+                    "p95Us": edge.p95_us,
+                    "p99Us": edge.p99_us,
+                }
+                for edge in self._database.links(*_period(request))
+            ]
+        )
+
+    def _summaries(self, request: Request) -> Response:
+        return _json(list(map(_summary, self._database.summaries(_query(request)))))
+
+    def _tail(self, request: Request) -> Response:
+        after = request.integer("after")
+        if after is not None and after < 0:
+            raise _bad("after < 0")
+        limit = _limit(request, TAIL_SPANS, MAX_TAIL_SPANS)
+        cursor, spans, skipped = self._database.tail(after, limit)
+        return _json({"cursor": cursor, "spans": spans, "skipped": skipped})
+
+    # Of the server itself
+
+    def _health(self, request: Request) -> Response:  # noqa: ARG002
+        try:
+            self._database.counts()
+        except StoreError as exc:
+            down = {"status": "DOWN", "podspan": {"status": "DOWN", "error": str(exc)}}
+            return _json(down, status=HTTPStatus.SERVICE_UNAVAILABLE)
+        return _json({"status": "UP", "podspan": {"status": "UP"}})
+
+    def _info(self, request: Request) -> Response:  # noqa: ARG002
+        return _json({"podspan": {"version": version()}})
+
+    def _metrics(self, request: Request) -> Response:  # noqa: ARG002
+        text = self._counts.to_prometheus(self._database.counts())
+        return Response(text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+class _Counts:
+    """What happened since the start, by name of the metric."""
+
+    HELP: Final = {
+        "requests_total": "Requests answered, by status.",
+        "messages_total": "Messages of spans received.",
+        "message_bytes_total": "Their bytes, unpacked.",
+        "spans_received_total": "Spans stored, also those that were known already.",
+    }
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, int] = {
+            name: 0 for name in self.HELP if "req" not in name
+        }
+
+    def add(self, name: str, count: int = 1) -> None:
+        with self._lock:
+            self._values[name] = self._values.get(name, 0) + count
+
+    def to_prometheus(self, stored: Mapping[str, int]) -> str:
+        """Return them, and what the database counts, as Prometheus' text."""
+        with self._lock:
+            values = sorted(self._values.items())
+        lines = []
+        for name, help_text in self.HELP.items():
+            lines += [
+                f"# HELP podspan_store_{name} {help_text}",
+                f"# TYPE podspan_store_{name} counter",
+                *(
+                    f"podspan_store_{key} {value}"
+                    for key, value in values
+                    if key.partition("{")[0] == name
+                ),
+            ]
+        for what, value in sorted(stored.items()):
+            since_start = what.startswith("expired_")
+            name, kind = (
+                (f"{what}_total", "counter") if since_start else (what, "gauge")
+            )
+            lines += [
+                f"# HELP podspan_store_{name} Of the database: {what.replace('_', ' ')}.",
+                f"# TYPE podspan_store_{name} {kind}",
+                f"podspan_store_{name} {value}",
+            ]
+        return "\n".join([*lines, ""])
+
+
+def _parsed(body: bytes, content_type: str) -> list[ZipkinSpan]:
+    try:
+        if content_type in PROTO_TYPES:
+            _require(
+                len(body) <= MAX_PROTO_BYTES, f"{MAX_PROTO_BYTES} bytes of protobuf"
+            )
+            spans = parse_proto3(body)
+        else:
+            # An upper bound: those in texts count, too.
+            values = sum(map(body.count, (b",", b"[", b"{")))
+            _require(values <= MAX_VALUES, f"{MAX_VALUES} values")
+            spans = parse_json(body)
+    except MalformedSpans as exc:
+        raise _bad(str(exc)) from exc
+    _require(len(spans) <= MAX_SPANS, f"{MAX_SPANS} spans")
+    return spans
+
+
+def _require(fits: bool, limit: str) -> None:
+    if not fits:
+        raise Refusal(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"One message has more than {limit}"
+        )
+
+
+def _is_local_name(host: str) -> bool:
+    """Tell whether a Host header is none that a foreign DNS server answers for."""
+    if not host:  # HTTP/1.0
+        return True
+    name = urlsplit(f"//{host}").hostname or ""
+    if _one_label(name) or name.endswith(".localhost"):
+        return True
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _query(request: Request) -> Query:
+    """Return what a search asks for."""
+    end_ts_ms = request.integer("endTs")
+    lookback_ms = request.integer("lookback")
+    try:
+        return Query(
+            end_ts_ms=time.time_ns() // 1_000_000 if end_ts_ms is None else end_ts_ms,
+            lookback_ms=DAY_MS if lookback_ms is None else lookback_ms,
+            limit=_limit(request, DEFAULT_LIMIT, MAX_TRACES),
+            service=request.text("serviceName"),
+            remote_service=request.text("remoteServiceName"),
+            span_name=request.text("spanName"),
+            annotation_query=parse_annotation_query(request.text("annotationQuery")),
+            min_duration_us=request.integer("minDuration"),
+            max_duration_us=request.integer("maxDuration"),
+        )
+    except ValueError as exc:
+        raise _bad(str(exc)) from exc
+
+
+def _period(request: Request) -> tuple[int, int]:
+    """Return endTs and lookback, both in milliseconds."""
+    request.required("endTs")
+    end_ts_ms = request.integer("endTs") or 0
+    lookback_ms = request.integer("lookback")
+    lookback_ms = DAY_MS if lookback_ms is None else lookback_ms
+    for name, value in (("endTs", end_ts_ms), ("lookback", lookback_ms)):
+        if value <= 0:
+            raise _bad(f"{name} <= 0")
+    return end_ts_ms, lookback_ms
+
+
+def _limit(request: Request, default: int, most: int) -> int:
+    limit = request.integer("limit")
+    limit = default if limit is None else limit
+    if limit <= 0:
+        raise _bad("limit <= 0")
+    return min(limit, most)
+
+
+def _trace_id(text: str) -> str:
+    try:
+        return trace_id_of(text)
+    except MalformedSpans as exc:
+        raise _bad(str(exc)) from exc
+
+
+def _summary(summary: Summary) -> dict[str, Any]:
+    return {
+        "traceId": summary.trace_id,
+        "timestamp": summary.start_us,
+        "duration": summary.duration_us,
+        "spanCount": summary.spans,
+        "errorCount": summary.errors,
+        "root": {
+            "serviceName": summary.root_service,
+            "name": summary.root_name,
+            "kind": summary.root_kind,
+        },
+        "services": [
+            {
+                "serviceName": each.service,
+                "spanCount": each.spans,
+                "errorCount": each.errors,
+            }
+            for each in summary.services
+        ],
+        "tags": summary.tags,
+    }
+
+
+def _json(
+    value: object,
+    headers: Mapping[str, str] | None = None,
+    *,
+    status: HTTPStatus = HTTPStatus.OK,
+) -> Response:
+    return Response(orjson.dumps(value), status=status, headers=headers or {})
+
+
+def _text(
+    status: HTTPStatus, reason: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    body = f"{reason}\n".encode(errors="backslashreplace")
+    return Response(body, PLAIN_TEXT, status, headers or {})
+
+
+def _bad(reason: str) -> Refusal:
+    return Refusal(HTTPStatus.BAD_REQUEST, reason)
+
+
+def _not_found() -> Refusal:
+    return Refusal(HTTPStatus.NOT_FOUND, "Not found")

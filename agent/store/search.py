@@ -1,0 +1,80 @@
+"""Which traces a query asks for, newest first, as far as one wants to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import heappop, heappush
+
+from podspan.agent.store.chunk import unpack
+from podspan.agent.store.query import Query, conditions, unmet
+from podspan.agent.store.sqlite import Connection
+from podspan.agent.store.terms import alternatives
+from podspan.agent.store.zipkin_v2 import ZipkinSpan
+
+BY_START = """
+SELECT no FROM traces WHERE start_us BETWEEN ? AND ? ORDER BY start_us DESC, no DESC
+"""
+PARTS = """
+SELECT part, last_us FROM parts WHERE last_us >= ? AND first_us <= ?
+ORDER BY last_us DESC
+"""
+# The words first, then the rows: the planner cannot know that they are few.
+BY_WORDS = """
+SELECT traces.start_us, traces.no
+FROM words_{part} CROSS JOIN traces ON traces.no = words_{part}.rowid
+WHERE words_{part} MATCH ? AND traces.start_us BETWEEN ? AND ?
+"""
+
+
+def found(db: Connection, query: Query) -> Iterator[int]:
+    """Return the numbers of the traces that match, the latest start first."""
+    wanted = conditions(query)
+    if not wanted:
+        for (trace,) in db.execute(BY_START, (query.first_us, query.last_us)):
+            yield trace
+        return
+    for trace in _candidates(db, query):
+        left = wanted
+        for spans in chunks(db, trace):
+            left = unmet(left, spans)
+            if not left:
+                yield trace
+                break
+
+
+def chunks(db: Connection, trace: int) -> Iterator[list[ZipkinSpan]]:
+    """Return a trace's spans in the order they arrived, piece by piece."""
+    for (payload,) in db.execute(
+        "SELECT payload FROM chunks WHERE trace = ? ORDER BY upto", (trace,)
+    ):
+        yield unpack(payload)
+
+
+def spans_of(db: Connection, trace: int) -> list[ZipkinSpan]:
+    """Return a trace's spans in the order they arrived."""
+    return [span for spans in chunks(db, trace) for span in spans]
+
+
+def _candidates(db: Connection, query: Query) -> Iterator[int]:
+    """Return the traces that have the query's words, the latest start first.
+
+    A part is only asked when what the parts before it gave does not come first.
+    """
+    expression = match_expression(alternatives(query))
+    waiting: list[tuple[int, int]] = []  # a heap, of what sorts last negated
+    window = query.first_us, query.last_us
+    for part, last_us in db.execute(PARTS, window).fetchall():
+        while waiting and -waiting[0][0] > last_us:
+            yield -heappop(waiting)[1]
+        sql = BY_WORDS.format(part=part)
+        for start_us, trace in db.execute(sql, (expression, *window)):
+            heappush(waiting, (-start_us, -trace))
+    while waiting:
+        yield -heappop(waiting)[1]
+
+
+def match_expression(wanted: list[list[str]]) -> str:
+    """Return FTS5's expression for a word of each list."""
+    return " AND ".join(
+        "(" + " OR ".join(f'"{word}"' for word in words) + ")" for words in wanted
+    )

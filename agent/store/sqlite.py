@@ -1,0 +1,250 @@
+"""The database file: opened, checked, written by one at a time and read by any.
+
+The only importer of sqlite3, whose errors leave here as StoreError.
+
+WAL mode, and no fsync(2) for each commit (`synchronous=NORMAL`): what was committed
+survives the end of this process, however it ends, but the last of it may not survive
+the end of the machine. Then it is as if it had not been sent; nothing is half there.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from podspan.agent.errors import StoreError
+
+Connection = sqlite3.Connection
+
+# Says that the file is ours: "pods" (PRAGMA application_id).
+APPLICATION_ID = 0x706F6473
+
+# What the schema is called (PRAGMA user_version).
+SCHEMA_VERSION = 1
+
+SCHEMA = """
+CREATE TABLE traces (
+    no INTEGER PRIMARY KEY AUTOINCREMENT,  -- in the order of their first spans' arrival
+    id BLOB NOT NULL UNIQUE,
+    arrived_s INTEGER NOT NULL,            -- its first span, since 1970
+    root_us INTEGER,                       -- timestamp of the first root that arrived
+    first_us INTEGER,                      -- earliest timestamp
+    start_us INTEGER AS (coalesce(root_us, first_us)),  -- as query.start_us
+    longest_us INTEGER NOT NULL,           -- longest duration of a span
+    spans INTEGER NOT NULL,
+    linked_upto INTEGER NOT NULL DEFAULT 0,  -- its chunks up to here are in edges
+    summary BLOB                           -- only where it takes long to make
+);
+CREATE INDEX traces_by_start ON traces (start_us);
+
+-- What arrived of one trace at one time.
+CREATE TABLE chunks (
+    upto INTEGER PRIMARY KEY AUTOINCREMENT,  -- spans ever stored, these included
+    trace INTEGER NOT NULL,
+    spans INTEGER NOT NULL,
+    payload BLOB NOT NULL                    -- JSON list, deflated
+);
+CREATE INDEX chunks_by_trace ON chunks (trace);
+
+-- Every PART_TRACES traces have an index of words of their own, words_PART: it can be
+-- dropped as a whole. The times are bounds of the traces' starts.
+CREATE TABLE parts (
+    part INTEGER PRIMARY KEY,
+    first_us INTEGER,
+    last_us INTEGER
+);
+
+-- Traces that got spans which are not in edges yet.
+CREATE TABLE unsettled (
+    trace INTEGER PRIMARY KEY,
+    upto INTEGER NOT NULL,  -- its last chunk
+    seen_s REAL NOT NULL
+);
+
+-- Calls from service to service, by when their traces started.
+CREATE TABLE edges (
+    part INTEGER NOT NULL,
+    slot INTEGER NOT NULL,    -- start of the trace, in units of SLOT_US
+    parent INTEGER NOT NULL,  -- services.no
+    child INTEGER NOT NULL,
+    what INTEGER NOT NULL,    -- CALLS, ERRORS, or the bucket of a duration
+    count INTEGER NOT NULL,
+    PRIMARY KEY (part, slot, parent, child, what)
+) WITHOUT ROWID;
+CREATE TABLE services (no INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+
+-- Names to choose from, with the hour since 1970 in which they were seen last.
+CREATE TABLE names (
+    kind INTEGER NOT NULL,
+    owner TEXT NOT NULL,
+    name TEXT NOT NULL,
+    hour INTEGER NOT NULL,
+    PRIMARY KEY (kind, owner, name)
+) WITHOUT ROWID;
+"""
+
+# How long to wait for another process that writes to the same file.
+BUSY_S = 5.0
+
+# The log is written back into the file every that many pages; more needs more disk,
+# less writes the same pages more often.
+MIN_LOG_PAGES = 64
+MAX_LOG_PAGES = 4096
+# The part of the whole that the log may take.
+LOG_SHARE = 16
+
+CACHE_KIB = 16 * 1024
+
+
+class File:
+    """A database file of ours, open."""
+
+    def __init__(self, path: Path, *, max_bytes: int) -> None:
+        self.path = path
+        self._lock = threading.Lock()  # held by who writes
+        self._idle: list[sqlite3.Connection] = []  # connections to read
+        self._closed = False
+        self._writer: sqlite3.Connection | None = None
+        with self._translated("open"):
+            self._writer = self._connect()
+            self._prepare(self._writer, max_bytes)
+
+    def _connect(self) -> sqlite3.Connection:
+        # Each connection has one user at a time, but not always the same thread.
+        connection = sqlite3.connect(
+            self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        return connection
+
+    def _prepare(self, writer: sqlite3.Connection, max_bytes: int) -> None:
+        """Check that the file is ours; make it so where it is empty."""
+        (page_bytes,) = writer.execute("PRAGMA page_size").fetchone()
+        log_pages = max_bytes // page_bytes // LOG_SHARE
+        log_pages = min(max(log_pages, MIN_LOG_PAGES), MAX_LOG_PAGES)
+        for pragma in (
+            "auto_vacuum = INCREMENTAL",  # before anything else is written
+            "journal_mode = WAL",
+            "synchronous = NORMAL",
+            "secure_delete = OFF",
+            f"wal_autocheckpoint = {log_pages}",
+            f"journal_size_limit = {log_pages * page_bytes}",
+        ):
+            writer.execute(f"PRAGMA {pragma}").fetchall()
+        with self.writing("open") as connection:
+            (ours,) = connection.execute("PRAGMA application_id").fetchone()
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            (objects,) = connection.execute(
+                "SELECT count(*) FROM sqlite_master"
+            ).fetchone()
+            if not objects:
+                for statement in SCHEMA.split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            elif ours != APPLICATION_ID:
+                raise StoreError(
+                    f"{self.path} is another program's database",
+                    "give another file with --data",
+                )
+            elif version > SCHEMA_VERSION:
+                raise StoreError(
+                    f"{self.path} was written by a newer podspan (schema {version},"
+                    f" this one knows {SCHEMA_VERSION})",
+                    "use that version, or give another file with --data",
+                )
+
+    @contextmanager
+    def writing(self, doing: str) -> Iterator[sqlite3.Connection]:
+        """Run a transaction, alone; what raises leaves nothing behind."""
+        with self._lock, self._translated(doing):
+            writer = self._writer
+            if writer is None:
+                raise StoreError(f"cannot {doing} {self.path}: it is closed")
+            writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield writer
+                writer.execute("COMMIT")
+            except BaseException:
+                # SQLite has ended it itself after some errors.
+                if writer.in_transaction:
+                    writer.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Read one state of the database, whatever is written meanwhile."""
+        with self._translated("read"):
+            try:
+                reader = self._idle.pop()
+            except IndexError:
+                reader = self._connect()
+            try:
+                reader.execute("BEGIN")
+                yield reader
+            finally:
+                if reader.in_transaction:
+                    reader.execute("ROLLBACK")
+                self._put_back(reader)
+
+    def _put_back(self, reader: sqlite3.Connection) -> None:
+        self._idle.append(reader)
+        if self._closed:
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+    def bytes_used(self, connection: sqlite3.Connection) -> int:
+        """Return the size of what is in use: without free pages, with the log."""
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+        return int((pages - free) * page_bytes) + self._log_bytes()
+
+    def bytes_on_disk(self) -> int:
+        """Return the size of the database and its log."""
+        return self.path.stat().st_size + self._log_bytes()
+
+    def _log_bytes(self) -> int:
+        try:
+            return Path(f"{self.path}-wal").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def close(self) -> None:
+        """Write the log back, and let go of the file; once more does nothing."""
+        with self._lock:
+            self._closed = True
+            self._close_idle()
+            if self._writer is not None:
+                # Closing writes the log back, where the disk takes it; if not, whoever
+                # opens the file next does.
+                with suppress(sqlite3.Error):
+                    self._writer.close()
+                self._writer = None
+
+    @contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as exc:
+            raise StoreError(f"cannot {doing} {self.path}: {exc}", _hint(exc)) from exc
+
+
+def _hint(error: sqlite3.Error) -> str:
+    """Return what to do about it."""
+    return {
+        "SQLITE_NOTADB": "give another file with --data",
+        "SQLITE_CANTOPEN": "the folder has to exist and be writable",
+        "SQLITE_FULL": "free some space, or lower --max-size",
+        "SQLITE_READONLY": "file and folder have to be writable",
+        "SQLITE_READONLY_DIRECTORY": "the folder has to be writable",
+        "SQLITE_CORRUPT": "move the file away: a new one is made",
+        "SQLITE_BUSY": "another process writes to it",
+    }.get(getattr(error, "sqlite_errorname", ""), "")
