@@ -47,6 +47,7 @@ setup(
             "grpcio==1.85.3",  # a real client and server through the HTTP/2 layer
             "hypothesis==6.170.15",  # hostile input: heads, B3 values
             "mypy==2.4.1",
+            "playwright==1.65.2",  # drives the system's Chromium through the viewer
             "prometheus-client==0.26.0",  # its parser reads our metrics
             "pytest==9.2.0",
             "ruff==0.17.6",

@@ -32,7 +32,11 @@ router.start(view, ROUTES, (url, module) => {
   replace(
     document.getElementById("help-keys"),
     [...(module?.keys ?? []), ...KEYS].map(([key, what]) => [
-      h("dt", null, key.split(" ").map((part) => h("kbd", null, part))),
+      h(
+        "dt",
+        null,
+        key.split(" ").map((part) => h("kbd", null, part)),
+      ),
       h("dd", null, what),
     ]),
   );

@@ -16,9 +16,23 @@ const EXTRA = ["spanName", "remoteServiceName", "minDuration", "maxDuration", "l
 export function filterForm(filters, onFind) {
   let base = filters; // what has no field here: sort, scale
   const field = fields(names());
-  const custom = h("div", { class: "filter-range" }, labelled("From", field.from), labelled("To", field.to));
+  const custom = h(
+    "div",
+    { class: "filter-range" },
+    labelled("From", field.from),
+    labelled("To", field.to),
+  );
   // Narrow screens show the rest on demand (list.css).
-  const more = h("button", { type: "button", class: "quiet filter-more", "aria-expanded": "false", onclick: () => showMore(!element.classList.contains("more")) }, "More");
+  const more = h(
+    "button",
+    {
+      type: "button",
+      class: "quiet filter-more",
+      "aria-expanded": "false",
+      onclick: () => showMore(!element.classList.contains("more")),
+    },
+    "More",
+  );
   const element = h(
     "form",
     { class: "panel filters", role: "search", "aria-label": "Filter traces", novalidate: true },
@@ -86,7 +100,11 @@ export function filterForm(filters, onFind) {
 
   /** Return what the fields say; null, and the field says so, where that is nonsense. */
   function read() {
-    const read = { ...base, errorsOnly: field.errorsOnly.checked, limit: Number(field.limit.input.value) };
+    const read = {
+      ...base,
+      errorsOnly: field.errorsOnly.checked,
+      limit: Number(field.limit.input.value),
+    };
     for (const name of ["serviceName", "spanName", "remoteServiceName", "tags"]) {
       read[name] = field[name].input.value.trim();
     }
@@ -98,7 +116,9 @@ export function filterForm(filters, onFind) {
       read[name] = us || null;
     }
     if (field.lookback.input.value === "custom") {
-      const [from, to] = [field.from.input, field.to.input].map((input) => new Date(input.value).getTime());
+      const [from, to] = [field.from.input, field.to.input].map((input) =>
+        new Date(input.value).getTime(),
+      );
       good = accept(field.to.input, from < to ? "" : BAD_RANGE) && good;
       read.endTs = to;
       read.lookback = to - from;
@@ -146,14 +166,30 @@ export function filterForm(filters, onFind) {
 
 /** Return the form's controls: each {input, box}, but errorsOnly, which is the checkbox. */
 function fields(names) {
-  const whole = (name) => async (text) => ({ from: 0, to: text.length, options: await names[name]() });
-  const text = (props) => plain(h("input", { type: "text", spellcheck: "false", autocomplete: "off", ...props }));
+  const whole = (name) => async (text) => ({
+    from: 0,
+    to: text.length,
+    options: await names[name](),
+  });
+  const text = (props) =>
+    plain(h("input", { type: "text", spellcheck: "false", autocomplete: "off", ...props }));
   const named = (name, placeholder) => {
     const input = h("input", { type: "text", placeholder, maxlength: 300 });
     return { input, box: suggest(input, whole(name)) };
   };
-  const tags = h("input", { type: "text", placeholder: "http.method=GET and error", maxlength: 2000 });
-  const options = (pairs) => plain(h("select", null, pairs.map(([value, label]) => h("option", { value }, label))));
+  const tags = h("input", {
+    type: "text",
+    placeholder: "http.method=GET and error",
+    maxlength: 2000,
+  });
+  const options = (pairs) =>
+    plain(
+      h(
+        "select",
+        null,
+        pairs.map(([value, label]) => h("option", { value }, label)),
+      ),
+    );
   const moment = () => plain(h("input", { type: "datetime-local", step: "0.001" }));
   const serviceName = named("serviceName", "any");
   serviceName.input.setAttribute("data-filter", "");
