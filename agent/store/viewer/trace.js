@@ -181,7 +181,7 @@ class TracePage {
     this._found = h("span", { class: "trace-found muted", role: "status" });
     this._pathButton = this._button("Critical path", "", () => this._togglePath());
     this._pathButton.setAttribute("aria-pressed", "true");
-    this._zoomOut = this._button("Whole trace", "Back to the whole time", () => this._zoom(this._trace.startUs, this._trace.endUs));
+    this._zoomOut = this._button("Whole trace", "", () => this._zoom(this._trace.startUs, this._trace.endUs));
     this._zoomOut.hidden = true;
     return h(
       "div",
