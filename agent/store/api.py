@@ -27,7 +27,6 @@ from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 import orjson
 from podspan.agent import version
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
     from podspan.agent.store.summary import Summary
 
 log = logging.getLogger(__name__)
+
+NO_TRACE: Final = "f" * 32
 
 DAY_MS: Final = 86_400_000
 DEFAULT_LIMIT: Final = 10
@@ -94,7 +95,7 @@ SECURITY: Final = (
 Handler = Callable[[Request], Response]
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
-_one_label = re.compile(r"[a-z0-9_-]+").fullmatch
+_host = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?").fullmatch
 
 
 class Api:
@@ -163,9 +164,9 @@ class Api:
     def _answer(self, environ: Mapping[str, Any]) -> Response:
         request = Request(environ)
         self._check_origin(request)
+        if request.path.startswith("/zipkin/api/v2/"):
+            request.path = request.path.removeprefix("/zipkin")
         path = request.path
-        if path.startswith("/zipkin/api/v2/"):
-            path = path.removeprefix("/zipkin")
         if path.startswith("/api/v2/trace/"):
             methods: Mapping[str, Handler] = {"GET": self._trace}
         elif path in self._routes:
@@ -190,7 +191,7 @@ class Api:
                 "This store is on loopback only: ask it by address or as localhost",
             )
         origin = request.header("Origin")
-        if request.method == "POST" and origin and urlsplit(origin).netloc != host:
+        if request.method == "POST" and origin and origin.partition("://")[2] != host:
             raise Refusal(
                 HTTPStatus.FORBIDDEN, "Another site's pages may not write here"
             )
@@ -321,7 +322,7 @@ class Api:
 
     def _health(self, request: Request) -> Response:  # noqa: ARG002
         try:
-            self._database.counts()
+            self._database.trace(NO_TRACE)  # reads the file
         except StoreError as exc:
             down = {"status": "DOWN", "podspan": {"status": "DOWN", "error": str(exc)}}
             return _json(down, status=HTTPStatus.SERVICE_UNAVAILABLE)
@@ -376,7 +377,7 @@ class _Counts:
                 (f"{what}_total", "counter") if since_start else (what, "gauge")
             )
             lines += [
-                f"# HELP podspan_store_{name} Of the database: {what.replace('_', ' ')}.",
+                f"# HELP podspan_store_{name} Of the database.",
                 f"# TYPE podspan_store_{name} {kind}",
                 f"podspan_store_{name} {value}",
             ]
@@ -412,8 +413,12 @@ def _is_local_name(host: str) -> bool:
     """Tell whether a Host header is none that a foreign DNS server answers for."""
     if not host:  # HTTP/1.0
         return True
-    name = urlsplit(f"//{host}").hostname or ""
-    if _one_label(name) or name.endswith(".localhost"):
+    found = _host(host.lower())
+    if not found:
+        return False
+    name = found[1] or found[2]
+    # A name without dots is of this machine or its network.
+    if not found[1] and ("." not in name or name.endswith(".localhost")):
         return True
     try:
         ip_address(name)

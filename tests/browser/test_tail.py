@@ -10,7 +10,7 @@ AWAY = "ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE|ERR_CONNECTION_RESET"
 
 
 @pytest.fixture
-def tail(page, empty_store):
+def tail(empty_store, page):
     """The live page of an empty store, once it has its place in the stream."""
     with page.expect_response("**/api/podspan/v1/tail*"):
         page.goto(f"{empty_store.url}/tail")

@@ -3,11 +3,12 @@
 import { get } from "./api.js";
 import { h } from "./dom.js";
 import { ANY_TIME, DEFAULTS, LIMITS, LOOKBACKS } from "./filters.js";
-import { exactDuration, parseDuration } from "./format.js";
+import { duration, exactDuration, parseDuration } from "./format.js";
 import { suggest } from "./suggest.js";
 
 const BAD_DURATION = "A number and a unit: 1.5ms, 200us, 2s";
 const BAD_RANGE = "From has to be before To";
+const EXTRA = ["spanName", "remoteServiceName", "minDuration", "maxDuration", "limit"];
 
 /**
  * Return {element, write(filters)}; `onFind(filters)` is called when it is sent or changed.
@@ -16,22 +17,25 @@ export function filterForm(filters, onFind) {
   let base = filters; // what has no field here: sort, scale
   const field = fields(names());
   const custom = h("div", { class: "filter-range" }, labelled("From", field.from), labelled("To", field.to));
+  // Narrow screens show the rest on demand (list.css).
+  const more = h("button", { type: "button", class: "quiet filter-more", "aria-expanded": "false", onclick: () => showMore(!element.classList.contains("more")) }, "More");
   const element = h(
     "form",
     { class: "panel filters", role: "search", "aria-label": "Filter traces", novalidate: true },
     labelled("Service", field.serviceName, "wide"),
-    labelled("Operation", field.spanName, "wide"),
-    labelled("Remote service", field.remoteServiceName, "wide"),
+    labelled("Operation", field.spanName, "wide extra"),
+    labelled("Remote service", field.remoteServiceName, "wide extra"),
     labelled("Time", field.lookback, "wide"),
     labelled("Tags and annotations", field.tags, "wider"),
     custom,
-    labelled("Min duration", field.minDuration),
-    labelled("Max duration", field.maxDuration),
-    labelled("Limit", field.limit),
+    labelled("Min duration", field.minDuration, "extra"),
+    labelled("Max duration", field.maxDuration, "extra"),
+    labelled("Limit", field.limit, "extra"),
+    h("label", { class: "check filter-check" }, field.errorsOnly, "Errors only"),
     h(
       "div",
       { class: "filter-actions" },
-      h("label", { class: "check" }, field.errorsOnly, "Errors only"),
+      more,
       h("button", { class: "primary" }, "Find traces"),
       h("button", { type: "button", class: "quiet", onclick: clear }, "Clear"),
     ),
@@ -59,13 +63,20 @@ export function filterForm(filters, onFind) {
     field.errorsOnly.checked = wanted.errorsOnly;
     choose(field.limit.input, wanted.limit, String(wanted.limit));
     if (wanted.endTs === null) {
-      choose(field.lookback.input, wanted.lookback, exactDuration(wanted.lookback * 1e3));
+      choose(field.lookback.input, wanted.lookback, `Last ${duration(wanted.lookback * 1e3)}`);
     } else {
       choose(field.lookback.input, "custom");
       field.from.input.value = localText(wanted.endTs - wanted.lookback);
       field.to.input.value = localText(wanted.endTs);
     }
     showRange();
+    if (EXTRA.some((name) => wanted[name] !== DEFAULTS[name])) showMore(true);
+  }
+
+  function showMore(shown) {
+    element.classList.toggle("more", shown);
+    more.setAttribute("aria-expanded", String(shown));
+    more.textContent = shown ? "Less" : "More";
   }
 
   function send() {

@@ -8,6 +8,7 @@ import { ago, clock, count, day, duration, statusClass, time } from "./format.js
 import * as router from "./router.js";
 import { scatter } from "./scatter.js";
 
+const AWAY = "The store is away";
 const MAX_CHIPS = 8; // services named in a row; what is beyond is a number
 
 export const keys = [
@@ -23,6 +24,7 @@ export async function show(view, url, signal) {
   let filters = readFilters(url.searchParams);
   let traces = [];
   let search = new AbortController();
+  let retry = null;
   signal.addEventListener("abort", () => search.abort());
 
   const form = filterForm(filters, find);
@@ -92,10 +94,13 @@ export async function show(view, url, signal) {
 
   function away(error, retryNow) {
     if (search.signal.aborted) return;
+    retry = retryNow;
+    // Said once: what is said again at each failure would be read aloud again.
+    if (found.textContent === AWAY) return;
     traces = [];
     plotPanel.hidden = true;
-    found.textContent = "The store is away";
-    state(results, "error", `${error.text} Trying again until it does.`, retryNow);
+    found.textContent = AWAY;
+    state(results, "error", `${error.text} Trying again until it does.`, () => retry());
   }
 
   async function render() {

@@ -36,6 +36,7 @@ export function suggest(input, complete) {
   function close() {
     asked += 1;
     list.hidden = true;
+    list.replaceChildren();
     active = -1;
     input.setAttribute("aria-expanded", "false");
     input.removeAttribute("aria-activedescendant");
