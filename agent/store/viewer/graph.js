@@ -57,6 +57,7 @@ class GraphPage {
     this._service = searchParams.get("service") ?? "";
     this._edges = [];
     this._kept = null; // the edge whose numbers stay
+    this._told = null; // whose numbers are shown
     this._order = { column: 2, down: true };
 
     this._canvas = new GraphCanvas({
@@ -138,6 +139,7 @@ class GraphPage {
     this._drawing.classList.toggle("too-many", !drawable);
     this._canvas.draw(drawable ? edges : [], this._service);
     this._canvas.keep(this._kept);
+    this._told = null;
     this._tell(null);
     this._fillTable(edges);
   }
@@ -235,6 +237,9 @@ class GraphPage {
   _tell(item) {
     const edge = item?.edge ?? (item ? null : this._kept);
     const name = item?.name ?? (item || edge ? "" : this._service);
+    // What is told already stays as it is: a link in it may be about to be pressed.
+    if (this._told && this._told.edge === edge && this._told.name === name) return;
+    this._told = { edge, name };
     if (edge) replace(this._numbers, this._edgeNumbers(edge));
     else if (name) replace(this._numbers, this._nodeNumbers(name));
     else replace(this._numbers, h("p", { class: "muted" }, "Point at a service or a call, or go to it by Tab, to see its numbers. Press a service to see it with its neighbours."));

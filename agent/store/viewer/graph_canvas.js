@@ -10,6 +10,10 @@ const MAX_LABELS = 60; // edges beside whose line numbers can still be read
 const LABEL_ROOM = 13; // the distance between edges that a label needs
 const TOLD_SHARE = 0.01; // of errors, beside a line; what is less is told when looked at
 const MAX_ZOOM = 1; // when fitting: a graph of two services is not blown up
+// On a narrow screen, rather a part that can be read than all of it.
+const NARROW_PX = 700;
+const READABLE = 0.7;
+
 const SPACE = 90; // around the drawing, for the legend and the buttons
 const NAME_LETTERS = 18;
 const DRAG_PX = 4;
@@ -101,13 +105,15 @@ export class GraphCanvas {
     this._view();
   }
 
-  /** Show all of it. */
+  /** Show all of it, as far as it can be read. */
   fit() {
     const { clientWidth, clientHeight } = this._svg;
     if (!clientWidth || !clientHeight) return;
     const { width, height } = this._size;
-    this._scale = Math.min(MAX_ZOOM, clientWidth / width, clientHeight / height);
-    this._centre = { x: width / 2, y: height / 2 };
+    const least = clientWidth < NARROW_PX ? READABLE : 0;
+    this._scale = Math.max(least, Math.min(MAX_ZOOM, clientWidth / width, clientHeight / height));
+    // Of what does not fit, the callers are in sight.
+    this._centre = { x: Math.min(width, clientWidth / this._scale) / 2, y: height / 2 };
     this._fitted = true;
     this._view();
   }
@@ -160,8 +166,13 @@ export class GraphCanvas {
       svg("title", null, name),
       svg("rect", { class: "node-box", width: NODE_WIDTH, height, rx: 7 }),
       svg("rect", { class: "node-mark", x: 8, y: 10, width: 4, height: height - 20, rx: 2 }),
-      svg("text", { class: "node-name", x: 20, y: height / 2 - 3 }, short || "unknown"),
-      svg("text", { class: "node-told", x: 20, y: height / 2 + 13 }, told, errors && svg("tspan", { class: "edge-errors" }, errors)),
+      // An image of its own cuts what is too long for it.
+      svg(
+        "svg",
+        { x: 20, width: NODE_WIDTH - 26, height },
+        svg("text", { class: "node-name", y: height / 2 - 3 }, short || "unknown"),
+        svg("text", { class: "node-told", y: height / 2 + 13 }, told, errors && svg("tspan", { class: "edge-errors" }, errors)),
+      ),
     );
   }
 
