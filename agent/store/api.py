@@ -36,6 +36,7 @@ from podspan.agent.store.query import Query, parse_annotation_query
 from podspan.agent.store.request import PLAIN_TEXT, Refusal, Request, Response
 from podspan.agent.store.zipkin_v2 import (
     MalformedSpans,
+    TooManySpans,
     ZipkinSpan,
     parse_json,
     parse_proto3,
@@ -53,6 +54,9 @@ NO_TRACE: Final = "f" * 32
 DAY_MS: Final = 86_400_000
 DEFAULT_LIMIT: Final = 10
 
+# In microseconds, an integer of 64 bits. What is later is as late.
+MAX_MS: Final = 2**53
+
 # More in one answer would be gigabytes.
 MAX_TRACES: Final = 1000
 TAIL_SPANS: Final = 100
@@ -64,7 +68,6 @@ CACHED_NAMES: Final = {"Cache-Control": "max-age=300, must-revalidate"}
 
 # Of one message. Objects of Python take ten times the room of JSON and more: of a bomb
 # of 64 MiB, two gigabytes. A span has about 25 values.
-MAX_SPANS: Final = 100_000
 MAX_VALUES: Final = 2_000_000
 MAX_PROTO_BYTES: Final = 4 * 1024 * 1024
 LARGE_BYTES: Final = 1024 * 1024  # only one message of so much at the same time
@@ -91,6 +94,10 @@ SECURITY: Final = (
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Referrer-Policy", "no-referrer"),
 )
+
+# No public DNS server answers for these, nor for names without a dot: RFC 6761, and
+# ICANN's resolution 2024.07.29.06. Docker calls its host by the second.
+LOCAL_NAMES: Final = (".localhost", ".internal")
 
 Handler = Callable[[Request], Response]
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
@@ -261,7 +268,9 @@ class Api:
                 "Use /api/v2/trace/{traceId} endpoint to retrieve a single trace"
             )
         trace_ids: dict[str, None] = {}
-        for each in text.split(",", MAX_TRACES):
+        if text.count(",") >= MAX_TRACES:
+            raise _bad(f"more than {MAX_TRACES} traceIds")
+        for each in text.split(","):
             trace_id = _trace_id(each)
             if trace_id in trace_ids:
                 raise _bad(f"redundant traceId: {trace_id}")
@@ -396,9 +405,10 @@ def _parsed(body: bytes, content_type: str) -> list[ZipkinSpan]:
             values = sum(map(body.count, (b",", b"[", b"{")))
             _require(values <= MAX_VALUES, f"{MAX_VALUES} values")
             spans = parse_json(body)
+    except TooManySpans as exc:
+        raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, str(exc)) from exc
     except MalformedSpans as exc:
         raise _bad(str(exc)) from exc
-    _require(len(spans) <= MAX_SPANS, f"{MAX_SPANS} spans")
     return spans
 
 
@@ -417,8 +427,7 @@ def _is_local_name(host: str) -> bool:
     if not found:
         return False
     name = found[1] or found[2]
-    # A name without dots is of this machine or its network.
-    if not found[1] and ("." not in name or name.endswith(".localhost")):
+    if not found[1] and ("." not in name or name.endswith(LOCAL_NAMES)):
         return True
     try:
         ip_address(name)
@@ -429,12 +438,10 @@ def _is_local_name(host: str) -> bool:
 
 def _query(request: Request) -> Query:
     """Return what a search asks for."""
-    end_ts_ms = request.integer("endTs")
-    lookback_ms = request.integer("lookback")
     try:
         return Query(
-            end_ts_ms=time.time_ns() // 1_000_000 if end_ts_ms is None else end_ts_ms,
-            lookback_ms=DAY_MS if lookback_ms is None else lookback_ms,
+            end_ts_ms=_milliseconds(request, "endTs", time.time_ns() // 1_000_000),
+            lookback_ms=_milliseconds(request, "lookback", DAY_MS),
             limit=_limit(request, DEFAULT_LIMIT, MAX_TRACES),
             service=request.text("serviceName"),
             remote_service=request.text("remoteServiceName"),
@@ -450,13 +457,17 @@ def _query(request: Request) -> Query:
 def _period(request: Request) -> tuple[int, int]:
     """Return endTs and lookback, both in milliseconds."""
     request.required("endTs")
-    end_ts_ms = request.integer("endTs") or 0
-    lookback_ms = request.integer("lookback")
-    lookback_ms = DAY_MS if lookback_ms is None else lookback_ms
+    end_ts_ms = _milliseconds(request, "endTs", 0)
+    lookback_ms = _milliseconds(request, "lookback", DAY_MS)
     for name, value in (("endTs", end_ts_ms), ("lookback", lookback_ms)):
         if value <= 0:
             raise _bad(f"{name} <= 0")
     return end_ts_ms, lookback_ms
+
+
+def _milliseconds(request: Request, name: str, default: int) -> int:
+    value = request.integer(name)
+    return default if value is None else min(value, MAX_MS)
 
 
 def _limit(request: Request, default: int, most: int) -> int:

@@ -10,6 +10,7 @@ retention   the oldest out     names     what a person may choose from
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from podspan.agent.store.chunk import Chunk, chunks_of, packed_id, unpack
 from podspan.agent.store.edges import EdgeStats, stats_of
 from podspan.agent.store.names import Kind, Names, hour_of
 from podspan.agent.store.query import Query
-from podspan.agent.store.sqlite import Connection, File
+from podspan.agent.store.sqlite import Connection, File, bytes_of
 from podspan.agent.store.summary import Summary
 from podspan.agent.store.zipkin_v2 import ZipkinSpan
 
@@ -36,8 +37,12 @@ T = TypeVar("T")
 # How often the database's own thread looks for something to do.
 REST_S = 1.0
 
-# Traces that are settled in one transaction: some milliseconds.
-SETTLE_TRACES = 32
+# Traces that are settled in one transaction.
+SETTLE_TRACES = 256
+
+# While there is something to settle, it rests so many times as long as it works, so
+# that who adds spans is not held up.
+IDLE = 3
 
 # Expiry by size starts before the size is reached, so that it never is.
 FULL_SHARE = 0.9
@@ -73,6 +78,7 @@ class Database:
         self._max_age_s = max_age_s
         self._max_bytes = max_bytes
         self._file = File(path, max_bytes=max_bytes)
+        self._room_bytes = int(max_bytes * FULL_SHARE) - self._file.log_limit_bytes
         self._pending: list[_Batch] = []
         self._pending_lock = threading.Lock()
         self._turn = threading.Lock()  # to commit what is pending
@@ -119,7 +125,7 @@ class Database:
         hour = hour_of(now_s)
         try:
             with self._file.writing("store spans in") as db:
-                new = ingest.insert(db, chunks, now_s)
+                new = ingest.insert(db, chunks, now_s, self._max_bytes)
                 for batch in batches:
                     ingest.insert_names(db, self._names.learn(batch.spans, hour))
         except StoreError as exc:
@@ -155,7 +161,7 @@ class Database:
 
     def _search(self, query: Query, read: Callable[[Connection, int], T]) -> list[T]:
         with self._file.reading() as db:
-            found = islice(search.found(db, query), query.limit)
+            found = islice(search.found(db, query), min(query.limit, sys.maxsize))
             return [read(db, trace) for trace in found]
 
     def services(self) -> list[str]:
@@ -193,9 +199,9 @@ class Database:
 
     def links(self, end_ts_ms: int, lookback_ms: int) -> list[EdgeStats]:
         """Return who called whom in the traces that started in the window, by name."""
-        first_us = (end_ts_ms - lookback_ms) * 1000
+        window = Query(end_ts_ms, lookback_ms)
         with self._file.reading() as db:
-            return stats_of(settle.tallies(db, first_us, end_ts_ms * 1000))
+            return stats_of(settle.tallies(db, window.first_us, window.last_us))
 
     def tail(self, after: int | None, limit: int) -> tuple[int, list[ZipkinSpan], int]:
         """Return (cursor, spans, skipped): what arrived after a cursor, in its order.
@@ -231,17 +237,19 @@ class Database:
     def expire(self) -> None:
         """Remove the oldest traces until age and size are as they should be."""
         cutoff_s = time.time() - self._max_age_s
-        removed = 0
+        before = self._counts.expired_traces
         while self._expire_step(lambda db: retention.expire_older(db, cutoff_s)):
-            removed += 1
-        while self._too_large() and self._expire_step(retention.expire_oldest):
-            removed += 1
-        if removed:
+            pass
+        while self._bytes()[1] > self._room_bytes:
+            if not self._expire_step(retention.expire_oldest):
+                break
+        if self._counts.expired_traces != before:
             self._forget_names()
-        while self._file.bytes_on_disk() > self._max_bytes * FULL_SHARE:
+        while self._bytes()[0] > self._room_bytes:
             with self._file.writing("shrink") as db:
                 if not retention.shrink(db):
                     break
+        self._file.truncate_log()
 
     def _expire_step(self, remove: Callable[[Connection], retention.Expired]) -> bool:
         """Remove a few traces; tell whether there were any."""
@@ -255,9 +263,9 @@ class Database:
             counts.expired_spans += expired.spans
         return expired.traces > 0
 
-    def _too_large(self) -> bool:
+    def _bytes(self) -> tuple[int, int]:
         with self._file.reading() as db:
-            return self._file.bytes_used(db) > self._max_bytes * FULL_SHARE
+            return bytes_of(db)
 
     def _forget_names(self) -> None:
         with self._turn, self._file.writing("expire names in") as db:
@@ -269,27 +277,35 @@ class Database:
             self._names.forget(hour)
 
     def settle(self, quiet_s: float = settle.QUIET_S) -> None:
-        """Work out the links of the traces to which nothing came for that long."""
-        while not self._closing.is_set():
-            with self._file.reading() as db:
-                settled = settle.work_out(db, time.time() - quiet_s, SETTLE_TRACES)
-            if not settled:
-                return
+        """Work out the links of all traces to which nothing came for that long."""
+        while self._settle_step(quiet_s):
+            pass
+
+    def _settle_step(self, quiet_s: float) -> bool:
+        """Settle a few traces; tell whether there were any."""
+        with self._file.reading() as db:
+            settled = settle.work_out(db, time.time() - quiet_s, SETTLE_TRACES)
+        if settled:
             with self._file.writing("store links in") as db:
                 settle.record(db, settled)
+        return bool(settled)
 
     def _keep_house(self) -> None:
         """Settle and expire, until `close`; trouble is told once, then tried again."""
         trouble = ""
-        while not self._closing.wait(REST_S):
+        rest_s = REST_S
+        while not self._closing.wait(rest_s):
+            begun_s = time.monotonic()
+            rest_s = REST_S
             try:
-                self.settle()
                 self.expire()
+                if self._settle_step(settle.QUIET_S):
+                    rest_s = IDLE * (time.monotonic() - begun_s)
                 trouble = ""
             except StoreError as exc:
                 if str(exc) != trouble:
                     trouble = str(exc)
-                    log.warning("store: %s", trouble)
+                    log.warning("%s", trouble)
 
     def close(self) -> None:
         """End the thread, and close the file; once more does nothing."""

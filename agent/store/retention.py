@@ -7,8 +7,8 @@ incident of last month, replayed today, is to be looked at today.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-from podspan.agent.store.ingest import part_of
 from podspan.agent.store.sqlite import Connection
 
 # Traces or chunks of one step.
@@ -69,17 +69,12 @@ def _remove(db: Connection, traces: list[int]) -> Expired:
 
 
 def _drop_empty_parts(db: Connection) -> None:
-    """Drop the parts whose traces are all gone."""
-    oldest = db.execute("SELECT min(no) FROM traces").fetchone()[0]
-    if oldest is None:
-        # New traces still go into the last part.
-        oldest = db.execute(
-            "SELECT seq + 1 FROM sqlite_sequence WHERE name = 'traces'"
-        ).fetchone()[0]
-    part = part_of(oldest)
-    for (empty,) in db.execute(
-        "SELECT part FROM parts WHERE part < ?", (part,)
-    ).fetchall():
-        db.execute(f"DROP TABLE words_{empty}")
-        db.execute("DELETE FROM parts WHERE part = ?", (empty,))
-        db.execute("DELETE FROM edges WHERE part = ?", (empty,))
+    """Drop the parts whose traces are all gone, except the last, which has yet room."""
+    (oldest,) = db.execute("SELECT min(no) FROM traces").fetchone()
+    parts = [part for (part,) in db.execute("SELECT part FROM parts ORDER BY part")]
+    for part, following in pairwise(parts):
+        if oldest is not None and following > oldest:
+            break
+        db.execute(f"DROP TABLE words_{part}")
+        db.execute("DELETE FROM parts WHERE part = ?", (part,))
+        db.execute("DELETE FROM edges WHERE part = ?", (part,))

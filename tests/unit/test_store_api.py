@@ -59,10 +59,12 @@ SHOP = [
 OTHER = [span(2, 1, service="mail", kind="SERVER", name="send", duration=10)]
 
 
-@pytest.fixture
-def shop(store):
-    assert store.post(SHOP + OTHER).status == 202
-    return store
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """Two traces, which no test changes."""
+    with running_store(tmp_path_factory.mktemp("shop")) as shop:
+        assert shop.post(SHOP + OTHER).status == 202
+        yield shop
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -119,11 +121,12 @@ def test_names_are_sorted(shop):
     assert shop.get("/api/v2/spans?serviceName=").json == []
 
 
-def test_names_are_cached_once_there_are_more_than_three_services(shop):
-    assert "Cache-Control" not in shop.get("/api/v2/services").headers
-    shop.post([span(3, 1, service="fourth")])
-    for path in ("/api/v2/services", "/api/v2/spans?serviceName=web"):
-        caching = shop.get(path).headers["Cache-Control"]
+def test_names_are_cached_once_there_are_more_than_three_services(store):
+    store.post([span(1, n, service=name) for n, name in enumerate("abc", 1)])
+    assert "Cache-Control" not in store.get("/api/v2/services").headers
+    store.post([span(1, 4, service="d")])
+    for path in ("/api/v2/services", "/api/v2/spans?serviceName=a"):
+        caching = store.get(path).headers["Cache-Control"]
         assert caching == "max-age=300, must-revalidate"
 
 
@@ -200,8 +203,8 @@ def test_search_returns_whole_traces_and_ten_by_default(store):
         ("/api/podspan/v1/edges", "Mandatory parameter is missing: endTs"),
     ],
 )
-def test_what_is_asked_wrongly_is_told(store, target, reason):
-    answer = store.get(target)
+def test_what_is_asked_wrongly_is_told(shop, target, reason):
+    answer = shop.get(target)
     assert (answer.status, answer.text) == (400, f"{reason}\n")
 
 
@@ -251,8 +254,8 @@ def test_the_api_is_under_zipkin_too(shop):
 
 
 @pytest.mark.parametrize("path", ["/config.json", "/zipkin/config.json"])
-def test_the_configuration_that_zipkins_viewer_wants(store, path):
-    config = store.get(path).json
+def test_the_configuration_that_zipkins_viewer_wants(shop, path):
+    config = shop.get(path).json
     assert config["queryLimit"] == 10
     assert config["searchEnabled"] is True
     assert config["dependency"]["enabled"] is True
@@ -289,24 +292,25 @@ def test_summaries(shop):
     }
 
 
-def test_the_tail_begins_now_and_goes_on_from_its_cursor(shop):
-    start = shop.get("/api/podspan/v1/tail").json
+def test_the_tail_begins_now_and_goes_on_from_its_cursor(store):
+    start = store.get("/api/podspan/v1/tail").json
     assert (start["spans"], start["skipped"]) == ([], 0)
-    shop.post([span(3, n) for n in (1, 2, 3)])
-    first = shop.get(f"/api/podspan/v1/tail?after={start['cursor']}&limit=3").json
+    store.post([span(3, n) for n in (1, 2, 3)])
+    first = store.get(f"/api/podspan/v1/tail?after={start['cursor']}&limit=3").json
     assert [int(each["id"], 16) for each in first["spans"]] == [1, 2, 3]
-    rest = shop.get(f"/api/podspan/v1/tail?after={first['cursor']}").json
+    rest = store.get(f"/api/podspan/v1/tail?after={first['cursor']}").json
     assert (rest["spans"], rest["cursor"]) == ([], first["cursor"])
 
 
-def test_health_and_info(store):
-    assert store.get("/health").json["status"] == "UP"
-    assert store.get("/info").json["podspan"]["version"]
+def test_health_and_info(shop):
+    assert shop.get("/health").json["status"] == "UP"
+    assert shop.get("/info").json["podspan"]["version"]
 
 
-def test_metrics_are_prometheus(shop):
-    shop.get("/nowhere")
-    answer = shop.get("/metrics")
+def test_metrics_are_prometheus(store):
+    store.post(SHOP + OTHER)
+    store.get("/nowhere")
+    answer = store.get("/metrics")
     assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     samples = {
         (sample.name, sample.labels.get("code")): sample.value
@@ -341,8 +345,8 @@ def test_a_database_that_fails_is_503(store, tmp_path):
         ("BREW", "/health", "HEAD, GET"),
     ],
 )
-def test_other_methods_are_told_which_there_are(store, method, path, allowed):
-    answer = store.ask(method, path)
+def test_other_methods_are_told_which_there_are(shop, method, path, allowed):
+    answer = shop.ask(method, path)
     assert (answer.status, answer.headers["Allow"]) == (405, allowed)
 
 
@@ -376,14 +380,15 @@ def test_another_sites_page_may_not_read(shop):
         ("localhost", 200),
         ("podspan.localhost:1", 200),
         ("zipkin:9411", 200),
+        ("host.docker.internal:9411", 200),
         ("evil.example:9411", 421),
         ("evil.example.", 421),
         ("[evil", 421),
         ("a@b.example", 421),
     ],
 )
-def test_on_loopback_a_host_is_local(store, host, status):
-    assert store.get("/api/v2/services", Host=host).status == status
+def test_on_loopback_a_host_is_local(shop, host, status):
+    assert shop.get("/api/v2/services", Host=host).status == status
 
 
 # The viewer
@@ -404,23 +409,23 @@ def viewer(tmp_path, monkeypatch):
     "path",
     ["/", "/traces/463ac35c9f6413ad", "/dependencies", "/tail", "/?serviceName=a"],
 )
-def test_the_viewers_addresses_are_one_page(store, viewer, path):
-    answer = store.get(path)
+def test_the_viewers_addresses_are_one_page(shop, viewer, path):
+    answer = shop.get(path)
     assert (answer.status, answer.text) == (200, "<!doctype html>")
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_a_file_is_sent_again_only_if_it_changed(store, viewer):
-    first = store.get("/static/app.js")
+def test_a_file_is_sent_again_only_if_it_changed(shop, viewer):
+    first = shop.get("/static/app.js")
     assert first.headers["Content-Type"] == "text/javascript; charset=utf-8"
     assert first.headers["Cache-Control"] == "no-cache"
     tag = first.headers["ETag"]
-    again = store.get("/static/app.js", If_None_Match=f'"x", W/{tag}')
+    again = shop.get("/static/app.js", If_None_Match=f'"x", W/{tag}')
     assert (again.status, again.body) == (304, b"")
     (viewer_files.FOLDER / "app.js").write_text("export const changed = 1;")
-    assert store.get("/static/app.js", If_None_Match=tag).status == 200
+    assert shop.get("/static/app.js", If_None_Match=tag).status == 200
 
 
 @pytest.mark.parametrize(
@@ -441,8 +446,8 @@ def test_a_file_is_sent_again_only_if_it_changed(store, viewer):
         "/index.html",
     ],
 )
-def test_nothing_but_the_viewers_files_is_served(store, viewer, path):
-    assert store.get(path).status == 404
+def test_nothing_but_the_viewers_files_is_served(shop, viewer, path):
+    assert shop.get(path).status == 404
 
 
 @pytest.mark.parametrize(
@@ -456,8 +461,8 @@ def test_nothing_but_the_viewers_files_is_served(store, viewer, path):
         ("/zipkin/dependency/?endTs=1", "/dependencies?endTs=1"),
     ],
 )
-def test_links_to_zipkins_viewer_lead_here(store, path, to):
-    answer = store.get(path)
+def test_links_to_zipkins_viewer_lead_here(shop, path, to):
+    answer = shop.get(path)
     assert (answer.status, answer.headers["Location"]) == (302, to)
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -97,14 +97,16 @@ def refused(port):
 
 
 def test_closing_does_not_wait_for_those_who_are_silent(tmp_path):
-    with running_store(tmp_path) as store:
-        silent = socket.create_connection(("127.0.0.1", store.port))
+    with (
+        running_store(tmp_path) as store,
+        socket.create_connection(("127.0.0.1", store.port)) as silent,
+    ):
         silent.sendall(b"GET / HTTP/1.1\r\n")
         started_s = time.monotonic()
         store.server.close()
         print(f"closed after {time.monotonic() - started_s:.2f} s")
-        assert silent.recv(1) == b""
-        silent.close()
+        with suppress(ConnectionResetError):
+            assert silent.recv(1) == b""
 
 
 def test_more_connections_than_allowed_wait_and_are_served_later(tmp_path):
