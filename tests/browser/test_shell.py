@@ -132,6 +132,16 @@ def test_an_address_without_a_page_says_so(shell):
     expect(shell.locator("main")).to_contain_text("There is no such page")
 
 
+def test_a_page_whose_script_does_not_come_can_be_tried_again(shell, complaints):
+    complaints.expected.append("ERR_FAILED")
+    shell.route("**/static/tail.js", lambda route: route.abort())
+    shell.get_by_role("link", name="Live").click()
+    expect(shell.locator("main")).to_contain_text("does not answer")
+    shell.unroute("**/static/tail.js")
+    shell.get_by_role("button", name="Try again").click()
+    expect(shell.locator(".tail-state")).to_have_text("Live")
+
+
 def test_a_trace_id_typed_in_the_header_is_opened(shell, complaints):
     complaints.expected.append("404")  # no such trace
     shell.get_by_label("Trace id").fill("  00000000000000AB ")
