@@ -113,16 +113,17 @@ def test_back_returns_to_where_the_list_was_read(shell):
 
 
 def test_leaving_a_page_ends_what_it_asked_for(shell):
-    shell.get_by_role("link", name="Live").click()
-    with shell.expect_response("**/api/podspan/v1/tail*"):
-        expect(shell.locator(".tail-state")).to_have_text("Live")
     asked = []
+    shell.clock.install()
+    shell.get_by_role("link", name="Live").click()
+    expect(shell.locator(".tail-state")).to_have_text("Live")
+    with shell.expect_request("**/api/podspan/v1/tail*"):
+        shell.clock.run_for(2_000)
     shell.get_by_role("link", name="Traces").click()
     expect(shell.locator("li.trace").first).to_be_visible()
     shell.on("request", lambda request: asked.append(request.url))
-    # The next poll would be within a second; the search after it is a later event.
-    shell.clock.install()
-    shell.clock.run_for(3_000)
+    shell.clock.run_for(10_000)
+    assert shell.evaluate("fetch('/health').then(answer => answer.ok)")
     assert [url for url in asked if "/tail" in url] == []
 
 

@@ -75,6 +75,11 @@ def test_rows_are_bounded_and_what_is_passed_over_is_counted(tail, empty_store):
         empty_store.post([span for seed in seeds for span in bookinfo(seed, now_us())])
         expect(tail.locator("main")).to_contain_text(f"{seen} seen")
     expect(tail.locator(ROWS)).to_have_count(500)
+    # No more are kept either: what is filtered comes back from there.
+    tail.get_by_role("searchbox").fill("nothing has this text")
+    expect(tail.locator(ROWS)).to_have_count(0)
+    tail.get_by_role("searchbox").fill("")
+    expect(tail.locator(ROWS)).to_have_count(500)
 
 
 def test_a_store_that_is_away_is_said_and_followed_again(
