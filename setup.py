@@ -32,8 +32,9 @@ setup(
         "h2~=4.4",  # redirect: frames, HPACK and flow control of HTTP/2
         # What workers and agent tell each other; spans in the spool.
         "msgpack~=1.2",
-        "opentelemetry-proto~=1.45",  # OTLP's messages
-        "orjson~=3.13",  # spans as JSON, and back
+        "opentelemetry-proto~=1.45",  # export: OTLP's messages
+        "orjson~=3.13",  # export, store: JSON, an order of magnitude faster than json
+        "protobuf>=6,<8",  # store: Zipkin's protobuf format
         "pyroute2~=0.9.7",  # namespaces, links and addresses by netlink
         "scapy~=2.8",  # replay: reads captures
         "urllib3~=2.8",  # export: HTTP with connection reuse
@@ -46,10 +47,11 @@ setup(
             "grpcio==1.85.3",  # a real client and server through the HTTP/2 layer
             "hypothesis==6.170.15",  # hostile input: heads, B3 values
             "mypy==2.4.1",
-            "playwright==1.65.2",  # drives Chromium
+            "playwright==1.65.2",  # drives the system's Chromium through the viewer
             "prometheus-client==0.26.0",  # its parser reads our metrics
             "pytest==9.2.0",
             "ruff==0.17.6",
+            "types-protobuf==7.35.1.20260906",  # for mypy
         ],
     },
     entry_points={"console_scripts": ["podspan = podspan.agent.__main__:main"]},

@@ -88,7 +88,7 @@ def store(tmp_path_factory) -> Iterator[Store]:
 
 @pytest.fixture
 def empty_store(tmp_path) -> Iterator[Store]:
-    """A store without spans, for this test alone."""
+    """A store without spans, for this test alone; ask for it before the page."""
     store = Store(tmp_path / "traces.db", free_port())
     store.start()
     try:

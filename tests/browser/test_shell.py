@@ -102,26 +102,28 @@ def test_navigation_changes_page_title_and_place_without_loading_again(shell):
 
 
 def test_back_returns_to_where_the_list_was_read(shell):
-    shell.locator("li.trace").nth(40).scroll_into_view_if_needed()
-    before = shell.evaluate("window.scrollY")
-    assert before > 500
-    shell.get_by_role("link", name="Live").click()
+    row = shell.locator("li.trace").nth(40)
+    expect(row).not_to_be_in_viewport()
+    row.scroll_into_view_if_needed()
+    # Playwright's own click scrolls first.
+    shell.get_by_role("link", name="Live").evaluate("link => link.click()")
     expect(shell).to_have_title("Live · podspan")
     shell.go_back()
-    shell.wait_for_function("y => Math.abs(window.scrollY - y) < 50", arg=before)
+    expect(row).to_be_in_viewport()
 
 
 def test_leaving_a_page_ends_what_it_asked_for(shell):
-    shell.get_by_role("link", name="Live").click()
-    with shell.expect_response("**/api/podspan/v1/tail*"):
-        expect(shell.locator(".tail-state")).to_have_text("Live")
     asked = []
+    shell.clock.install()
+    shell.get_by_role("link", name="Live").click()
+    expect(shell.locator(".tail-state")).to_have_text("Live")
+    with shell.expect_request("**/api/podspan/v1/tail*"):
+        shell.clock.run_for(2_000)
     shell.get_by_role("link", name="Traces").click()
     expect(shell.locator("li.trace").first).to_be_visible()
     shell.on("request", lambda request: asked.append(request.url))
-    # The next poll would be within a second; the search after it is a later event.
-    shell.clock.install()
-    shell.clock.run_for(3_000)
+    shell.clock.run_for(10_000)
+    assert shell.evaluate("fetch('/health').then(answer => answer.ok)")
     assert [url for url in asked if "/tail" in url] == []
 
 
@@ -131,7 +133,18 @@ def test_an_address_without_a_page_says_so(shell):
     expect(shell.locator("main")).to_contain_text("There is no such page")
 
 
-def test_a_trace_id_typed_in_the_header_is_opened(shell):
+def test_a_page_whose_script_does_not_come_can_be_tried_again(shell, complaints):
+    complaints.expected.append("ERR_FAILED")
+    shell.route("**/static/tail.js", lambda route: route.abort())
+    shell.get_by_role("link", name="Live").click()
+    expect(shell.locator("main")).to_contain_text("does not answer")
+    shell.unroute("**/static/tail.js")
+    shell.get_by_role("button", name="Try again").click()
+    expect(shell.locator(".tail-state")).to_have_text("Live")
+
+
+def test_a_trace_id_typed_in_the_header_is_opened(shell, complaints):
+    complaints.expected.append("404")  # no such trace
     shell.get_by_label("Trace id").fill("  00000000000000AB ")
     shell.get_by_label("Trace id").press("Enter")
     shell.wait_for_url("**/traces/00000000000000ab")

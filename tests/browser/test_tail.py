@@ -2,7 +2,7 @@
 
 import pytest
 from browser.conftest import now_us
-from browser.traces import INJECTION, bookinfo, hostile
+from browser.traces import bookinfo, hostile
 from playwright.sync_api import expect
 
 ROWS = "li.span"
@@ -10,7 +10,7 @@ AWAY = "ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE|ERR_CONNECTION_RESET"
 
 
 @pytest.fixture
-def tail(page, empty_store):
+def tail(empty_store, page):
     """The live page of an empty store, once it has its place in the stream."""
     with page.expect_response("**/api/podspan/v1/tail*"):
         page.goto(f"{empty_store.url}/tail")
@@ -68,15 +68,18 @@ def test_pausing_holds_still_and_resuming_catches_up(tail, empty_store, shoot):
 
 
 def test_rows_are_bounded_and_what_is_passed_over_is_counted(tail, empty_store):
-    spans = [span for seed in range(200) for span in bookinfo(seed, now_us())]
-    empty_store.post(spans)
-    expect(tail.locator("main")).to_contain_text(r"1,400 skipped")
-    for seed in range(200, 260):
-        spans = bookinfo(seed, now_us())
-        spans[0]["name"] = INJECTION
-        empty_store.post(spans)
-    expect(tail.locator(ROWS, has_text=INJECTION).first).to_be_visible()
-    assert tail.locator(ROWS).count() <= 500
+    empty_store.post([span for seed in range(200) for span in bookinfo(seed, now_us())])
+    expect(tail.locator("main")).to_contain_text("200 seen · 1,400 skipped")
+    for first, seen in ((200, 400), (225, 600)):
+        seeds = range(first, first + 25)
+        empty_store.post([span for seed in seeds for span in bookinfo(seed, now_us())])
+        expect(tail.locator("main")).to_contain_text(f"{seen} seen")
+    expect(tail.locator(ROWS)).to_have_count(500)
+    # No more are kept either: what is filtered comes back from there.
+    tail.get_by_role("searchbox").fill("nothing has this text")
+    expect(tail.locator(ROWS)).to_have_count(0)
+    tail.get_by_role("searchbox").fill("")
+    expect(tail.locator(ROWS)).to_have_count(500)
 
 
 def test_a_store_that_is_away_is_said_and_followed_again(

@@ -23,15 +23,20 @@ router.start(view, ROUTES, (url, module) => {
   const route = ROUTES.find(({ path }) => path.test(url.pathname));
   document.title = route ? `${route.title} · podspan` : "podspan";
   for (const link of document.querySelectorAll("header nav a")) {
-    const current = link.pathname === url.pathname;
-    if (current) link.setAttribute("aria-current", "page");
+    const within = link.pathname === "/" && url.pathname.startsWith("/traces/");
+    if (link.pathname === url.pathname) link.setAttribute("aria-current", "page");
+    else if (within) link.setAttribute("aria-current", "true");
     else link.removeAttribute("aria-current");
   }
   // A page may name its own keys: `export const keys = [["j", "next"], ...]`.
   replace(
     document.getElementById("help-keys"),
     [...(module?.keys ?? []), ...KEYS].map(([key, what]) => [
-      h("dt", null, key.split(" ").map((part) => h("kbd", null, part))),
+      h(
+        "dt",
+        null,
+        key.split(" ").map((part) => h("kbd", null, part)),
+      ),
       h("dd", null, what),
     ]),
   );

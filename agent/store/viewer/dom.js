@@ -71,6 +71,18 @@ export function isTyping(event) {
   );
 }
 
+/**
+ * Move the focus through a list's links: by j and k from anywhere, and by the arrows
+ * once it is in the list.
+ */
+export function walk(event, links) {
+  const at = links.indexOf(document.activeElement);
+  const step = { j: 1, k: -1, ArrowDown: at >= 0 && 1, ArrowUp: at >= 0 && -1 }[event.key];
+  if (!step || links.length === 0) return;
+  event.preventDefault();
+  links[Math.min(Math.max(at + step, 0), links.length - 1)].focus();
+}
+
 function filled(element, props, children) {
   for (const [name, value] of Object.entries(props ?? {})) {
     if (value === false || value === null || value === undefined) continue;

@@ -3,11 +3,12 @@
 import { get } from "./api.js";
 import { h } from "./dom.js";
 import { ANY_TIME, DEFAULTS, LIMITS, LOOKBACKS } from "./filters.js";
-import { exactDuration, parseDuration } from "./format.js";
+import { duration, exactDuration, parseDuration } from "./format.js";
 import { suggest } from "./suggest.js";
 
 const BAD_DURATION = "A number and a unit: 1.5ms, 200us, 2s";
 const BAD_RANGE = "From has to be before To";
+const EXTRA = ["spanName", "remoteServiceName", "minDuration", "maxDuration", "limit"];
 
 /**
  * Return {element, write(filters)}; `onFind(filters)` is called when it is sent or changed.
@@ -15,23 +16,40 @@ const BAD_RANGE = "From has to be before To";
 export function filterForm(filters, onFind) {
   let base = filters; // what has no field here: sort, scale
   const field = fields(names());
-  const custom = h("div", { class: "filter-range" }, labelled("From", field.from), labelled("To", field.to));
+  const custom = h(
+    "div",
+    { class: "filter-range" },
+    labelled("From", field.from),
+    labelled("To", field.to),
+  );
+  // Narrow screens show the rest on demand (list.css).
+  const more = h(
+    "button",
+    {
+      type: "button",
+      class: "quiet filter-more",
+      "aria-expanded": "false",
+      onclick: () => showMore(!element.classList.contains("more")),
+    },
+    "More",
+  );
   const element = h(
     "form",
     { class: "panel filters", role: "search", "aria-label": "Filter traces", novalidate: true },
     labelled("Service", field.serviceName, "wide"),
-    labelled("Operation", field.spanName, "wide"),
-    labelled("Remote service", field.remoteServiceName, "wide"),
+    labelled("Operation", field.spanName, "wide extra"),
+    labelled("Remote service", field.remoteServiceName, "wide extra"),
     labelled("Time", field.lookback, "wide"),
     labelled("Tags and annotations", field.tags, "wider"),
     custom,
-    labelled("Min duration", field.minDuration),
-    labelled("Max duration", field.maxDuration),
-    labelled("Limit", field.limit),
+    labelled("Min duration", field.minDuration, "extra"),
+    labelled("Max duration", field.maxDuration, "extra"),
+    labelled("Limit", field.limit, "extra"),
+    h("label", { class: "check filter-check" }, field.errorsOnly, "Errors only"),
     h(
       "div",
       { class: "filter-actions" },
-      h("label", { class: "check" }, field.errorsOnly, "Errors only"),
+      more,
       h("button", { class: "primary" }, "Find traces"),
       h("button", { type: "button", class: "quiet", onclick: clear }, "Clear"),
     ),
@@ -59,13 +77,20 @@ export function filterForm(filters, onFind) {
     field.errorsOnly.checked = wanted.errorsOnly;
     choose(field.limit.input, wanted.limit, String(wanted.limit));
     if (wanted.endTs === null) {
-      choose(field.lookback.input, wanted.lookback, exactDuration(wanted.lookback * 1e3));
+      choose(field.lookback.input, wanted.lookback, `Last ${duration(wanted.lookback * 1e3)}`);
     } else {
       choose(field.lookback.input, "custom");
       field.from.input.value = localText(wanted.endTs - wanted.lookback);
       field.to.input.value = localText(wanted.endTs);
     }
     showRange();
+    if (EXTRA.some((name) => wanted[name] !== DEFAULTS[name])) showMore(true);
+  }
+
+  function showMore(shown) {
+    element.classList.toggle("more", shown);
+    more.setAttribute("aria-expanded", String(shown));
+    more.textContent = shown ? "Less" : "More";
   }
 
   function send() {
@@ -75,7 +100,11 @@ export function filterForm(filters, onFind) {
 
   /** Return what the fields say; null, and the field says so, where that is nonsense. */
   function read() {
-    const read = { ...base, errorsOnly: field.errorsOnly.checked, limit: Number(field.limit.input.value) };
+    const read = {
+      ...base,
+      errorsOnly: field.errorsOnly.checked,
+      limit: Number(field.limit.input.value),
+    };
     for (const name of ["serviceName", "spanName", "remoteServiceName", "tags"]) {
       read[name] = field[name].input.value.trim();
     }
@@ -87,7 +116,9 @@ export function filterForm(filters, onFind) {
       read[name] = us || null;
     }
     if (field.lookback.input.value === "custom") {
-      const [from, to] = [field.from.input, field.to.input].map((input) => new Date(input.value).getTime());
+      const [from, to] = [field.from.input, field.to.input].map((input) =>
+        new Date(input.value).getTime(),
+      );
       good = accept(field.to.input, from < to ? "" : BAD_RANGE) && good;
       read.endTs = to;
       read.lookback = to - from;
@@ -135,14 +166,30 @@ export function filterForm(filters, onFind) {
 
 /** Return the form's controls: each {input, box}, but errorsOnly, which is the checkbox. */
 function fields(names) {
-  const whole = (name) => async (text) => ({ from: 0, to: text.length, options: await names[name]() });
-  const text = (props) => plain(h("input", { type: "text", spellcheck: "false", autocomplete: "off", ...props }));
+  const whole = (name) => async (text) => ({
+    from: 0,
+    to: text.length,
+    options: await names[name](),
+  });
+  const text = (props) =>
+    plain(h("input", { type: "text", spellcheck: "false", autocomplete: "off", ...props }));
   const named = (name, placeholder) => {
     const input = h("input", { type: "text", placeholder, maxlength: 300 });
     return { input, box: suggest(input, whole(name)) };
   };
-  const tags = h("input", { type: "text", placeholder: "http.method=GET and error", maxlength: 2000 });
-  const options = (pairs) => plain(h("select", null, pairs.map(([value, label]) => h("option", { value }, label))));
+  const tags = h("input", {
+    type: "text",
+    placeholder: "http.method=GET and error",
+    maxlength: 2000,
+  });
+  const options = (pairs) =>
+    plain(
+      h(
+        "select",
+        null,
+        pairs.map(([value, label]) => h("option", { value }, label)),
+      ),
+    );
   const moment = () => plain(h("input", { type: "datetime-local", step: "0.001" }));
   const serviceName = named("serviceName", "any");
   serviceName.input.setAttribute("data-filter", "");

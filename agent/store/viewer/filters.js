@@ -16,7 +16,12 @@ export const LOOKBACKS = [
 ];
 export const ANY_TIME = LOOKBACKS.at(-1)[0];
 export const LIMITS = [20, 50, 100, 250, 500, 1000];
-export const SORTS = { newest: "Newest", longest: "Longest", spans: "Most spans", errors: "Errors" };
+export const SORTS = {
+  newest: "Newest",
+  longest: "Longest",
+  spans: "Most spans",
+  errors: "Errors",
+};
 
 export const DEFAULTS = Object.freeze({
   serviceName: "",

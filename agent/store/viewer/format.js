@@ -1,6 +1,6 @@
 // Numbers, times and names as people read and write them. Pure.
 
-const UNIT_US = { us: 1, "µs": 1, "μs": 1, ms: 1e3, s: 1e6, m: 60e6, min: 60e6, h: 3600e6 };
+const UNIT_US = { us: 1, µs: 1, μs: 1, ms: 1e3, s: 1e6, m: 60e6, min: 60e6, h: 3600e6 };
 
 /** Write microseconds with three digits: "870 µs", "1.23 ms", "45 s", "2 min 5 s". */
 export function duration(us) {

@@ -3,13 +3,16 @@
 // A layered drawing, callers left of what they call: edges that close a cycle are turned
 // round, each service gets a layer, edges that cross layers get a bend in each, the
 // order within the layers is improved by barycentres, and each is moved towards its
-// neighbours without overlap. The same edges give the same drawing, in whatever order.
+// neighbours without overlap. At a service, every edge has a place of its own, and the
+// service is as high as that takes. The same edges give the same drawing, in whatever order.
 
-export const NODE_WIDTH = 176;
-export const NODE_HEIGHT = 48;
-const LAYER_GAP = 132;
-const NODE_GAP = 28;
+export const NODE_WIDTH = 164;
+const NODE_HEIGHT = 48;
+const MAX_NODE_HEIGHT = 240;
+const LAYER_GAP = 156;
+const NODE_GAP = 24;
 const BEND_HEIGHT = 14;
+const PORT_GAP = 17; // between edges at a node's side: a line of text, and some air
 const MARGIN = 24;
 
 const ORDER_SWEEPS = 12;
@@ -20,9 +23,10 @@ const MAX_BENDS = 5000;
 
 /**
  * Return {nodes, edges, width, height} for edges that have `parent` and `child`.
- * nodes: [{name, x, y}], the left upper corner; edges: [{edge, points: [[x, y], ...],
- * back}], from the caller's side to the called's; `back` ones close a cycle. A service that
- * calls itself has an edge whose points go round its corner.
+ * nodes: [{name, x, y, height}], the left upper corner; edges: [{edge, points: [[x, y], ...],
+ * back, room}], from the caller's side to the called's; `back` ones close a cycle; `room` is
+ * the distance to the next that arrives. A service that calls itself has an edge whose
+ * points go round its corner.
  */
 export function layOut(edges) {
   const names = [...new Set(edges.flatMap(({ parent, child }) => [parent, child]))].sort();
@@ -37,6 +41,7 @@ export function layOut(edges) {
   turnBackEdges(nodes);
   assignLayers(nodes, proper);
   const layers = fillLayers(nodes, proper);
+  setHeights(nodes, proper);
   orderLayers(layers);
   placeLayers(layers);
 
@@ -44,9 +49,20 @@ export function layOut(edges) {
   const top = all.reduce((least, spot) => Math.min(least, spot.y - heightOf(spot) / 2), Infinity);
   const bottom = all.reduce((most, spot) => Math.max(most, spot.y + heightOf(spot) / 2), -Infinity);
   for (const spot of all) spot.y += MARGIN - top;
+  for (const node of nodes) placePorts(node);
   return {
-    nodes: nodes.map((node) => ({ name: node.name, x: leftOf(node), y: node.y - NODE_HEIGHT / 2 })),
-    edges: lines.map((line) => ({ edge: line.edge, points: pointsOf(line), back: line.back })),
+    nodes: nodes.map((node) => ({
+      name: node.name,
+      x: leftOf(node),
+      y: node.y - node.height / 2,
+      height: node.height,
+    })),
+    edges: lines.map((line) => ({
+      edge: line.edge,
+      points: pointsOf(line),
+      back: line.back,
+      room: line.room ?? PORT_GAP,
+    })),
     width: layers.length * (NODE_WIDTH + LAYER_GAP) - LAYER_GAP + 2 * MARGIN,
     height: all.length ? bottom - top + 2 * MARGIN : 2 * MARGIN,
   };
@@ -259,7 +275,39 @@ function middle(pool) {
 }
 
 function heightOf(spot) {
-  return spot.bend ? BEND_HEIGHT : NODE_HEIGHT;
+  return spot.bend ? BEND_HEIGHT : spot.height;
+}
+
+/** Collect the lines at each side of a node; it is as high as they need. */
+function setHeights(nodes, lines) {
+  for (const node of nodes) {
+    node.atLeft = [];
+    node.atRight = [];
+  }
+  for (const line of lines) {
+    leftEnd(line).atRight.push(line);
+    rightEnd(line).atLeft.push(line);
+  }
+  for (const node of nodes) {
+    const ports = Math.max(node.atLeft.length, node.atRight.length);
+    node.height = Math.min(MAX_NODE_HEIGHT, Math.max(NODE_HEIGHT, ports * PORT_GAP + 12));
+  }
+}
+
+/** Give the lines at a node their places, in the order of where they come from. */
+function placePorts(node) {
+  const sides = [
+    [node.atLeft, "rightY", (line) => line.bends.at(-1) ?? leftEnd(line), (line) => !line.back],
+    [node.atRight, "leftY", (line) => line.bends[0] ?? rightEnd(line), (line) => line.back],
+  ];
+  for (const [lines, field, next, arrives] of sides) {
+    lines.sort((one, other) => next(one).y - next(other).y);
+    const gap = Math.min(PORT_GAP, (node.height - 12) / lines.length);
+    lines.forEach((line, index) => {
+      line[field] = node.y + (index - (lines.length - 1) / 2) * gap;
+      if (arrives(line)) line.room = gap;
+    });
+  }
 }
 
 function leftOf(spot) {
@@ -270,16 +318,16 @@ function leftOf(spot) {
 function pointsOf(line) {
   if (line.from === line.to) return loopAround(line.from);
   const [left, right] = [leftEnd(line), rightEnd(line)];
-  const points = [[leftOf(left) + NODE_WIDTH, left.y]];
+  const points = [[leftOf(left) + NODE_WIDTH, line.leftY]];
   for (const bend of line.bends) {
     points.push([leftOf(bend), bend.y], [leftOf(bend) + NODE_WIDTH, bend.y]);
   }
-  points.push([leftOf(right), right.y]);
+  points.push([leftOf(right), line.rightY]);
   return line.back ? points.reverse() : points;
 }
 
 function loopAround(node) {
-  const [x, top] = [leftOf(node) + NODE_WIDTH, node.y - NODE_HEIGHT / 2];
+  const [x, top] = [leftOf(node) + NODE_WIDTH, node.y - node.height / 2];
   return [
     [x - 36, top],
     [x - 36, top - 16],

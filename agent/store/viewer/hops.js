@@ -2,6 +2,7 @@
 
 import { h } from "./dom.js";
 import { duration } from "./format.js";
+import { shareText } from "./graph_stats.js";
 import { PARTS, hopTimes } from "./hop_times.js";
 
 /** Return the chart of a row, or null where nothing is known beyond its duration. */
@@ -23,7 +24,7 @@ export function hopChart(row) {
         }),
       ),
       h("td", { class: "number" }, duration(us)),
-      h("td", { class: "number muted" }, percent(us / hop.totalUs)),
+      h("td", { class: "number muted" }, shareText(us / hop.totalUs)),
     );
     beforeUs += us;
     return line;
@@ -43,9 +44,4 @@ export function hopChart(row) {
   );
 }
 
-/** Write a share with a digit where it is small: "0.4 %", "37 %". */
-export function percent(share) {
-  const number = 100 * share;
-  if (number > 0 && number < 0.1) return "< 0.1 %";
-  return `${number.toFixed(number < 10 && number > 0 ? 1 : 0)} %`;
-}
+

@@ -61,7 +61,11 @@ async function show({ scroll, focus = true }) {
     return;
   }
   try {
-    const module = await route.load();
+    const module = await route.load().catch((error) => {
+      // What a script that does not come throws; one that is wrong throws others.
+      if (!(error instanceof TypeError)) throw error;
+      throw new ApiError(0, "The store does not answer.");
+    });
     if (signal.aborted) return;
     afterShow(url, module);
     await module.show(view, url, signal);

@@ -2,17 +2,12 @@
 
 import { h, replace, serviceLabel, svg } from "./dom.js";
 import { count, duration, time } from "./format.js";
+import { linear, linearTicks, logTicks, logarithmic, timeTicks } from "./scales.js";
 
 const HEIGHT = 168;
 const MARGIN = { top: 10, right: 14, bottom: 22, left: 58 };
 const REACH = 14; // pixels from a point at which it is meant
 const BRUSH = 5; // pixels that make a drag of a click
-const STEPS_MS = [
-  1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 10e3, 15e3, 30e3,
-  60e3, 120e3, 300e3, 600e3, 900e3, 1800e3,
-  3600e3, 2 * 3600e3, 3 * 3600e3, 6 * 3600e3, 12 * 3600e3, 86400e3, 2 * 86400e3, 7 * 86400e3, 30 * 86400e3, 365 * 86400e3,
-];
-
 /**
  * Return {element, draw(traces, scale), highlight(traceId)}.
  *
@@ -37,7 +32,8 @@ export function scatter({ signal, onOpen, onBrush, onPoint }) {
       tabindex: 0,
       role: "group",
       "aria-roledescription": "scatter plot",
-      "aria-label": "Latency of traces over time. Left and right go from trace to trace, Enter opens one.",
+      "aria-label":
+        "Latency of traces over time. Left and right go from trace to trace, Enter opens one.",
     },
     canvas,
     tip,
@@ -67,7 +63,12 @@ export function scatter({ signal, onOpen, onBrush, onPoint }) {
     canvas.setAttribute("width", width);
     scales = scalesOf(traces, kind, width);
     points = traces
-      .map((trace) => ({ trace, x: scales.x.at(trace.timestamp), y: scales.y.at(trace.duration), r: radius(trace) }))
+      .map((trace) => ({
+        trace,
+        x: scales.x.at(trace.timestamp),
+        y: scales.y.at(trace.duration),
+        r: radius(trace),
+      }))
       .sort((one, other) => one.x - other.x);
     // Errors last: they lie above the others.
     const drawn = points.toSorted((one, other) => failed(one.trace) - failed(other.trace));
@@ -86,7 +87,14 @@ export function scatter({ signal, onOpen, onBrush, onPoint }) {
       tip,
       serviceLabel(trace.root?.serviceName ?? ""),
       h("bdi", { class: "tip-name" }, trace.root?.name ?? ""),
-      h("div", null, h("b", null, duration(trace.duration)), ` · ${count(trace.spanCount, "span")}`, failed(trace) && h("span", { class: "error-text" }, ` · ${count(trace.errorCount, "error")}`)),
+      h(
+        "div",
+        null,
+        h("b", null, duration(trace.duration)),
+        ` · ${count(trace.spanCount, "span")}`,
+        failed(trace) &&
+          h("span", { class: "error-text" }, ` · ${count(trace.errorCount, "error")}`),
+      ),
       h("div", { class: "muted" }, time(trace.timestamp)),
     );
     const right = x > element.clientWidth / 2;
@@ -231,53 +239,13 @@ function scalesOf(traces, kind, width) {
       ? logarithmic(Math.min(...durations) / 1.3, slowest * 1.3, down.toReversed())
       : linear(0, slowest * 1.08, down.toReversed());
   return {
-    x: { ...x, range: inner, ticks: timeTicks(x.low, x.high, Math.max(2, Math.floor(width / 120))) },
+    x: {
+      ...x,
+      range: inner,
+      ticks: timeTicks(x.low, x.high, Math.max(2, Math.floor(width / 120))),
+    },
     y: { ...y, range: down, ticks: kind === "log" ? logTicks(y.low, y.high) : linearTicks(y.high) },
   };
-}
-
-function linear(low, high, [start, end]) {
-  const unit = (end - start) / (high - low);
-  return { low, high, at: (value) => start + (value - low) * unit, value: (pixel) => low + (pixel - start) / unit };
-}
-
-function logarithmic(low, high, range) {
-  const log = linear(Math.log(low), Math.log(high), range);
-  return { low, high, at: (value) => log.at(Math.log(value)), value: (pixel) => Math.exp(log.value(pixel)) };
-}
-
-/** Powers of ten; 2 and 5 of each as well where there are few. */
-function logTicks(low, high) {
-  const decades = Math.log10(high / low);
-  const factors = decades > 3 ? [1] : decades > 1.2 ? [1, 3] : [1, 1.5, 2, 3, 5, 7];
-  const ticks = [];
-  for (let power = 10 ** Math.floor(Math.log10(low)); power <= high; power *= 10) {
-    ticks.push(...factors.map((factor) => factor * power).filter((tick) => tick >= low && tick <= high));
-  }
-  return ticks;
-}
-
-function linearTicks(high) {
-  const rough = high / 4;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
-  return Array.from({ length: Math.floor(high / step) + 1 }, (_, index) => index * step);
-}
-
-/** Whole seconds, minutes, hours, ... of local time, in microseconds; at most `most`. */
-function timeTicks(low, high, most) {
-  const step = (STEPS_MS.find((ms) => (high - low) / (ms * 1e3) <= most) ?? STEPS_MS.at(-1)) * 1e3;
-  const zone = new Date(low / 1e3).getTimezoneOffset() * 60e6;
-  const ticks = [];
-  for (let tick = Math.ceil((low - zone) / step) * step + zone; tick <= high; tick += step) ticks.push(tick);
-  return ticks.map((tick) => ({ at: tick, text: tickText(tick, step) }));
-}
-
-function tickText(us, step) {
-  const text = time(us);
-  if (step >= 86400e6) return text.slice(0, 10);
-  if (step < 1e6) return text.slice(11);
-  return step < 60e6 ? text.slice(11, 19) : text.slice(11, 16);
 }
 
 function axes({ x, y }, width) {
@@ -286,7 +254,11 @@ function axes({ x, y }, width) {
     { class: "axes" },
     y.ticks.map((tick) => [
       svg("line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: y.at(tick), y2: y.at(tick) }),
-      svg("text", { x: MARGIN.left - 8, y: y.at(tick) + 4, "text-anchor": "end" }, tick === 0 ? "0" : duration(tick)),
+      svg(
+        "text",
+        { x: MARGIN.left - 8, y: y.at(tick) + 4, "text-anchor": "end" },
+        tick === 0 ? "0" : duration(tick),
+      ),
     ]),
     x.ticks.map(({ at, text }) => [
       svg("line", { x1: x.at(at), x2: x.at(at), y1: y.range[1], y2: y.range[1] + 4 }),
@@ -298,7 +270,10 @@ function axes({ x, y }, width) {
 function shape({ trace, x, y, r }) {
   if (!failed(trace)) return svg("circle", { class: "dot", cx: x, cy: y, r });
   const d = r * 1.35;
-  return svg("path", { class: "dot failed", d: `M${x} ${y - d}L${x + d} ${y}L${x} ${y + d}L${x - d} ${y}Z` });
+  return svg("path", {
+    class: "dot failed",
+    d: `M${x} ${y - d}L${x + d} ${y}L${x} ${y + d}L${x - d} ${y}Z`,
+  });
 }
 
 /** More spans, a larger point: 3 to 7 pixels. */

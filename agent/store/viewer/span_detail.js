@@ -2,7 +2,8 @@
 
 import { h, replace, serviceLabel } from "./dom.js";
 import { clock, duration, statusClass } from "./format.js";
-import { hopChart, percent } from "./hops.js";
+import { shareText } from "./graph_stats.js";
+import { hopChart } from "./hops.js";
 import { operation, outcome } from "./trace_model.js";
 
 const COPIED_MS = 1200;
@@ -52,7 +53,7 @@ function facts(trace, row, onPathUs) {
   const pairs = [
     ["Duration", row.first.durationUs ? duration(row.durationUs) : "not known"],
     ["Starts at", row.first.timed ? `+${duration(row.first.startUs - trace.startUs)}` : "not known"],
-    ["On the critical path", onPathUs ? `${duration(onPathUs)}, ${percent(onPathUs / (trace.root.durationUs || 1))}` : "no"],
+    ["On the critical path", onPathUs ? `${duration(onPathUs)}, ${shareText(onPathUs / (trace.root.durationUs || 1))}` : "no"],
     ["Calls below", row.endIndex - row.index - 1],
   ];
   return h("dl", { class: "facts" }, pairs.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))));

@@ -16,7 +16,12 @@ let made = 0;
  */
 export function suggest(input, complete) {
   made += 1;
-  const list = h("ul", { id: `suggestions-${made}`, class: "suggestions", role: "listbox", hidden: true });
+  const list = h("ul", {
+    id: `suggestions-${made}`,
+    class: "suggestions",
+    role: "listbox",
+    hidden: true,
+  });
   const box = h("div", { class: "combo" }, input, list);
   let offer = { from: 0, to: 0, options: [] };
   let active = -1;
@@ -36,6 +41,7 @@ export function suggest(input, complete) {
   function close() {
     asked += 1;
     list.hidden = true;
+    list.replaceChildren();
     active = -1;
     input.setAttribute("aria-expanded", "false");
     input.removeAttribute("aria-activedescendant");

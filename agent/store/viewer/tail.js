@@ -1,7 +1,7 @@
 // The live tail: spans as the store gets them, newest first.
 
 import { ApiError, get, pause } from "./api.js";
-import { h, isTyping, replace, serviceLabel } from "./dom.js";
+import { h, isTyping, replace, serviceLabel, walk } from "./dom.js";
 import { clock, count, duration, statusClass, time } from "./format.js";
 import * as router from "./router.js";
 
@@ -42,7 +42,21 @@ export async function show(view, url, signal) {
   replace(
     view,
     h("h1", { class: "hidden" }, "Live spans"),
-    h("section", { class: "panel" }, h("div", { class: "toolbar tail-bar" }, filter, pauseButton, h("button", { type: "button", class: "quiet", onclick: clear }, "Clear"), status, h("div", { class: "push" }, totals)), empty, rows),
+    h(
+      "section",
+      { class: "panel" },
+      h(
+        "div",
+        { class: "toolbar tail-bar" },
+        filter,
+        pauseButton,
+        h("button", { type: "button", class: "quiet", onclick: clear }, "Clear"),
+        status,
+        h("div", { class: "push" }, totals),
+      ),
+      empty,
+      rows,
+    ),
   );
   document.addEventListener("keydown", onKey, { signal });
   document.addEventListener("visibilitychange", () => wake(), { signal });
@@ -58,7 +72,11 @@ export async function show(view, url, signal) {
         let wait = POLL_MS;
         if (!paused && !document.hidden) {
           try {
-            const answer = await get("/api/podspan/v1/tail", { after: cursor, limit: BATCH }, signal);
+            const answer = await get(
+              "/api/podspan/v1/tail",
+              { after: cursor, limit: BATCH },
+              signal,
+            );
             cursor = answer.cursor;
             counts.skipped += answer.skipped;
             add(answer.spans);
@@ -89,7 +107,10 @@ export async function show(view, url, signal) {
   }
 
   function renderAll() {
-    replace(rows, spans.filter(wanted).map((span) => row(span, "span")));
+    replace(
+      rows,
+      spans.filter(wanted).map((span) => row(span, "span")),
+    );
     tally();
   }
 
@@ -101,12 +122,15 @@ export async function show(view, url, signal) {
   function tally() {
     const shown = rows.children.length;
     empty.hidden = shown > 0;
-    empty.firstChild.textContent = spans.length > 0 ? "No span contains that text." : paused ? "Paused." : "Waiting for spans…";
+    empty.firstChild.textContent =
+      spans.length > 0 ? "No span contains that text." : paused ? "Paused." : "Waiting for spans…";
     totals.textContent = [
       `${count(shown)} shown`,
       `${count(counts.seen)} seen`,
       counts.skipped > 0 && `${count(counts.skipped)} skipped`,
-    ].filter(Boolean).join(" · ");
+    ]
+      .filter(Boolean)
+      .join(" · ");
   }
 
   function say(trouble) {
@@ -134,13 +158,7 @@ export async function show(view, url, signal) {
   function onKey(event) {
     if (isTyping(event)) return;
     if (event.key === "p") toggle();
-    const links = [...rows.querySelectorAll("a")];
-    const at = links.indexOf(document.activeElement);
-    const step = { j: 1, k: -1, ArrowDown: at >= 0 && 1, ArrowUp: at >= 0 && -1 }[event.key];
-    if (step && links.length > 0) {
-      event.preventDefault();
-      links[Math.min(Math.max(at + step, 0), links.length - 1)].focus();
-    }
+    walk(event, [...rows.querySelectorAll("a")]);
   }
 }
 
@@ -151,14 +169,23 @@ function row(span, className) {
   return h(
     "li",
     { class: failed ? `${className} failed` : className },
-    h("time", { class: "mono", title: time(span.timestamp) }, span.timestamp ? clock(span.timestamp) : "–"),
+    h(
+      "time",
+      { class: "mono", title: time(span.timestamp) },
+      span.timestamp ? clock(span.timestamp) : "–",
+    ),
     serviceLabel(span.localEndpoint?.serviceName ?? ""),
     h("span", { class: "kind" }, span.kind),
     h(
       "a",
-      { href: `/traces/${encodeURIComponent(span.traceId)}?${new URLSearchParams({ span: span.id })}` },
+      {
+        href: `/traces/${encodeURIComponent(span.traceId)}?${new URLSearchParams({ span: span.id })}`,
+      },
       h("bdi", null, span.name || "unnamed"),
-      span.remoteEndpoint?.serviceName && [h("span", { class: "muted" }, span.kind === "SERVER" ? " from " : " to "), h("bdi", { class: "muted" }, span.remoteEndpoint.serviceName)],
+      span.remoteEndpoint?.serviceName && [
+        h("span", { class: "muted" }, span.kind === "SERVER" ? " from " : " to "),
+        h("bdi", { class: "muted" }, span.remoteEndpoint.serviceName),
+      ],
     ),
     h(
       "span",
@@ -181,5 +208,7 @@ function searchText(span) {
     span.remoteEndpoint?.serviceName,
     ...Object.entries(span.tags ?? {}).map(([key, value]) => `${key}=${value}`),
     ...(span.annotations ?? []).map(({ value }) => value),
-  ].join("\n").toLowerCase();
+  ]
+    .join("\n")
+    .toLowerCase();
 }

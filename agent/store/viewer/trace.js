@@ -3,7 +3,7 @@
 import { ApiError, get } from "./api.js";
 import { criticalPath, timeOnPath } from "./critical_path.js";
 import { h, isTyping, replace, serviceLabel, state } from "./dom.js";
-import { count, duration, time } from "./format.js";
+import { count, duration, statusClass, time } from "./format.js";
 import { minimap } from "./minimap.js";
 import * as router from "./router.js";
 import { spanDetail } from "./span_detail.js";
@@ -115,7 +115,7 @@ class TracePage {
       h(
         "div",
         { class: "trace-title" },
-        h("h1", null, serviceLabel(root.service), h("bdi", null, operation(root.last.span)), status && h("span", { class: `badge ${root.failed ? "error" : "ok"}` }, status)),
+        h("h1", null, serviceLabel(root.service), h("bdi", null, operation(root.last.span)), status && h("span", { class: `badge ${root.failed ? "error" : statusClass(status)}` }, status)),
         h("code", { class: "muted trace-id" }, trace.id),
         h("a", { class: "push", href: `/api/v2/trace/${trace.id}`, download: `trace-${trace.id}.json`, target: "_blank" }, "Download JSON"),
       ),
@@ -181,7 +181,7 @@ class TracePage {
     this._found = h("span", { class: "trace-found muted", role: "status" });
     this._pathButton = this._button("Critical path", "", () => this._togglePath());
     this._pathButton.setAttribute("aria-pressed", "true");
-    this._zoomOut = this._button("Whole trace", "Back to the whole time", () => this._zoom(this._trace.startUs, this._trace.endUs));
+    this._zoomOut = this._button("Whole trace", "", () => this._zoom(this._trace.startUs, this._trace.endUs));
     this._zoomOut.hidden = true;
     return h(
       "div",

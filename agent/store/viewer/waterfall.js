@@ -13,7 +13,7 @@ const ROW_PX = 28; // as --row in trace.css
 const AROUND = 8; // rows kept above and below those in sight
 const HEAD_PX = 83; // minimap and ruler, which stay on top
 const MAX_INDENT = 24; // deeper rows stand no further right, and say their depth
-const TICKS = 6;
+const TICK_PX = 90; // ticks are at least so far apart
 
 // Marks on a row finer than this share of the width are drawn as one.
 const MARK_STEPS = 2000;
@@ -41,7 +41,9 @@ export class Waterfall {
     this._frame = 0;
 
     this.overview = h("div", { class: "wf-overview" });
-    this._ruler = h("div", { class: "wf-ruler", "aria-hidden": "true" });
+    this._ticks = h("div", null);
+    this._cursorTime = h("span", { class: "wf-cursor-time", hidden: true });
+    this._ruler = h("div", { class: "wf-ruler", "aria-hidden": "true" }, this._ticks, this._cursorTime);
     this._grid = h("div", { class: "wf-grid", "aria-hidden": "true" });
     this._cursor = h("div", { class: "wf-cursor", "aria-hidden": "true", hidden: true });
     this._rows = h("div", { class: "wf-rows", role: "none" });
@@ -56,13 +58,16 @@ export class Waterfall {
         onclick: (event) => this._click(event),
         ondblclick: (event) => this._doubleClick(event),
         onmousemove: (event) => this._hover(event),
-        onmouseleave: () => (this._cursor.hidden = true),
+        onmouseleave: () => this._hideCursor(true),
       },
       h("div", { class: "wf-head", role: "none" }, this.overview, h("div", { class: "wf-title" }, "Service and operation"), this._ruler),
       h("div", { class: "wf-body", role: "none" }, this._grid, this._cursor, this._rows),
     );
     this.element.addEventListener("scroll", () => this._soon(), { passive: true });
-    this._resized = new ResizeObserver(() => this._soon());
+    this._resized = new ResizeObserver(() => {
+      this._drawScale();
+      this._soon();
+    });
     this._resized.observe(this.element);
     this._layOut();
   }
@@ -197,8 +202,9 @@ export class Waterfall {
 
   _drawScale() {
     const { fromUs, toUs } = this.range;
-    const ticks = ticksBetween(fromUs - this.trace.startUs, toUs - this.trace.startUs);
-    this._ruler.replaceChildren(
+    const most = Math.max(2, this._ruler.clientWidth / TICK_PX);
+    const ticks = ticksBetween(fromUs - this.trace.startUs, toUs - this.trace.startUs, most);
+    this._ticks.replaceChildren(
       ...ticks.map((us) =>
         h("span", { class: "wf-tick", style: { "--at": this._share(us + this.trace.startUs) } }, us ? duration(us) : "0"),
       ),
@@ -358,14 +364,18 @@ export class Waterfall {
   _hover(event) {
     const box = this._ruler.getBoundingClientRect();
     const share = (event.clientX - box.left) / box.width;
-    const outside = share < 0 || share > 1;
-    this._cursor.hidden = outside;
+    const outside = !(share >= 0 && share <= 1);
+    this._hideCursor(outside);
     if (outside) return;
     const { fromUs, toUs } = this.range;
     this._cursor.style.setProperty("--at", share);
-    this._cursor.dataset.time = duration(fromUs + share * (toUs - fromUs) - this.trace.startUs);
-    this._cursor.classList.toggle("left", share > 0.85);
-    this._cursor.style.setProperty("--top", `${this.element.scrollTop}px`);
+    this._cursorTime.style.setProperty("--at", share);
+    this._cursorTime.textContent = duration(fromUs + share * (toUs - fromUs) - this.trace.startUs);
+  }
+
+  _hideCursor(hidden) {
+    this._cursor.hidden = hidden;
+    this._cursorTime.hidden = hidden;
   }
 
   _key(event) {
@@ -416,9 +426,9 @@ function distinct(marks) {
   return kept;
 }
 
-/** Return round moments between two, at least a few. */
-function ticksBetween(fromUs, toUs) {
-  const rough = Math.max(1, (toUs - fromUs) / TICKS);
+/** Return round moments between two, about `most` at most. */
+function ticksBetween(fromUs, toUs, most) {
+  const rough = Math.max(1, (toUs - fromUs) / most);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * ([1, 2, 5, 10].find((factor) => factor * power >= rough) ?? 10);
   const ticks = [];
