@@ -20,12 +20,13 @@ help: ## this list
 	@echo 'ARGS="..." goes to pytest, KERNELS="6.1 ..." chooses for test-vm'
 	echo 'CASES=... and SEED=... are for fuzz'
 
-demo: $(READY) ## trace four services and print the trace
+demo: $(READY) ## trace four services; ARGS=--serve shows the trace in a browser
 	@if [ -e /sys/bus/event_source/devices/kprobe/type ]; then
-		exec $(BIN)/podspan demo
+		exec $(BIN)/podspan demo $(ARGS)
 	fi
 	echo "this kernel ($$(uname -r)) has no kprobes, so the demo runs in the VM"
-	exec vagrant/vm run -- $(BIN)/podspan demo
+	exec vagrant/vm run $(if $(findstring --serve,$(ARGS)),--forward 9411) -- \
+		$(BIN)/podspan demo $(patsubst --serve,--serve=:9411,$(ARGS))
 
 # Every tier runs, also after one that failed, and says its own summary.
 test: $(READY) ## everything: lint, unit, fuzz, netns, browser, peers, VM

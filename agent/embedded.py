@@ -53,7 +53,7 @@ class EmbeddedStore:
         log_level: str,
     ) -> None:
         """Return once it takes spans; raise ExportError where it does not."""
-        self.url = f"http://{_reachable(address)}/"
+        self.url = f"http://{address.reachable}/"
         self.restarts = 0
         self._backoff_s = FIRST_BACKOFF_S
         self._start_at_s = 0.0  # of time.monotonic(), once it has ended
@@ -127,9 +127,3 @@ class EmbeddedStore:
                     f"the embedded store was not ready within {START_S:g} s", HINT
                 )
             time.sleep(POLL_S)
-
-
-def _reachable(address: Address) -> Address:
-    """Return where a server that listens on `address` is reached from here."""
-    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-    return Address(loopback.get(address.host, address.host), address.port)

@@ -35,6 +35,12 @@ class Address:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
+    @property
+    def reachable(self) -> Address:
+        """Where a server that listens here is reached from the same machine."""
+        loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        return Address(loopback.get(self.host, self.host), self.port)
+
 
 @dataclass(frozen=True, slots=True)
 class Secret:

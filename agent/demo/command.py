@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from podspan.agent import values
+from podspan.agent.config import STORE_ADDRESS
 from podspan.agent.demo.bookinfo import CLIENT, SERVICES
 from podspan.agent.demo.processes import (
     STOP_SIGNALS,
@@ -51,6 +53,8 @@ examples:
       the same over IPv6, and keep the spans
   podspan demo --zipkin http://localhost:9411
       send them to Zipkin as well
+  podspan demo --serve
+      look at the trace in a browser
 """
 
 
@@ -71,13 +75,16 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     _require_root_and_kprobes()
     with _stoppable(), ExitStack() as stack:
+        viewer = _Viewer(stack, options.serve) if options.serve else None
         pods = stack.enter_context(topology())
         agent = _start_agent(stack, pods, options)
         _init(pods)
         start_services(stack, pods, ipv6=options.ipv6)
         page = call_page(stack, pods, ipv6=options.ipv6)
         spans = _collect(agent)
-    _report(spans, page)
+        _report(spans, page)
+        if viewer is not None:
+            viewer.show(spans)
     return 0
 
 
@@ -103,6 +110,14 @@ def _parser() -> _Parser:
         "--json", metavar="FILE", type=Path, help="keep the spans in this new file"
     )
     parser.add_argument("--zipkin", metavar="URL", help="send the spans there, too")
+    parser.add_argument(
+        "--serve",
+        metavar="ADDR:PORT",
+        nargs="?",
+        type=values.any_port,
+        const=STORE_ADDRESS,
+        help=f"show the trace in the viewer, until Ctrl-C ({STORE_ADDRESS})",
+    )
     return parser
 
 
@@ -197,6 +212,32 @@ def _collect(agent: Agent) -> list[Span]:
     if agent.child.stop():
         raise agent.child.failure("failed when it was asked to stop")
     return read_spans(agent.spans)
+
+
+class _Viewer:
+    """The embedded store, with nothing in it but this demo's trace."""
+
+    def __init__(self, stack: ExitStack, address: values.Address) -> None:
+        # SQLite and the server take a while to load; the tree does without.
+        from podspan.agent.store.exporter import StoreExporter  # noqa: PLC0415
+        from podspan.agent.store.server import StoreServer  # noqa: PLC0415
+
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="podspan-"))
+        self._store = StoreExporter(Path(scratch, "traces.db"))
+        stack.callback(self._store.close, 0)
+        server = StoreServer(self._store.database, (address.host, address.port))
+        stack.callback(server.close)
+        server.start()
+        self._address = values.Address(address.host, server.port).reachable
+
+    def show(self, spans: Sequence[Span]) -> None:
+        """Show the trace until Ctrl-C."""
+        self._store.export(spans)
+        self._store.settle()
+        where = f"http://{self._address}/traces/{spans[0].trace_id}"
+        _say(f"{where} shows it, until Ctrl-C")
+        with suppress(KeyboardInterrupt):
+            signal.pause()
 
 
 def _report(spans: Sequence[Span], page: Any) -> None:

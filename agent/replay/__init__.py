@@ -9,7 +9,6 @@ messages.py      pure: requests and responses of a connection
 traces.py        pure: their place in traces; exchanges as the kernel's records
 names.py         pure: which service has an address
 replay.py        all of these in one line
-store.py         spans into the embedded store
 progress.py      how far it is, on a terminal
 command.py       `podspan replay`
 """

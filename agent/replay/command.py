@@ -30,7 +30,7 @@ from podspan.agent.tree import WIDTH
 from podspan.agent.values import Address
 
 if TYPE_CHECKING:
-    from podspan.agent.replay.store import StoreExporter
+    from podspan.agent.store.exporter import StoreExporter
 
 SERVE_ADDRESS = "127.0.0.1:9411"
 
@@ -124,7 +124,7 @@ class _Outputs:
 
     def _add_store(self, options: argparse.Namespace) -> None:
         # SQLite and the server take a while to load; trees do without.
-        from podspan.agent.replay.store import StoreExporter  # noqa: PLC0415
+        from podspan.agent.store.exporter import StoreExporter  # noqa: PLC0415
         from podspan.agent.store.server import StoreServer  # noqa: PLC0415
 
         path = options.store
@@ -140,7 +140,7 @@ class _Outputs:
             server = StoreServer(store.database, (host, options.serve.port))
             self._stack.callback(server.close)
             server.start()
-            self.url = f"http://{Address(host, server.port)}/"
+            self.url = f"http://{Address(host, server.port).reachable}/"
 
 
 def _run(

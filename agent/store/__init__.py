@@ -6,5 +6,6 @@ query       pure: what a search asks for
 database    the only importer of sqlite3
 api         WSGI: Zipkin's API, ours, and the viewer's files
 server      the sockets and threads under it
+exporter    spans of this very process straight into the database
 command     `podspan store`
 """

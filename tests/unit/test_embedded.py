@@ -111,4 +111,4 @@ def test_it_has_no_capabilities(tmp_path):
     ],
 )
 def test_where_it_is_reached(listening, url):
-    assert str(embedded._reachable(listening)) == url
+    assert str(listening.reachable) == url

@@ -16,8 +16,8 @@ from podspan.agent.errors import ExportError, ReplayError, StoreError, UsageErro
 from podspan.agent.replay.command import main
 from podspan.agent.replay.names import read_hosts
 from podspan.agent.replay.progress import ProgressBar
-from podspan.agent.replay.store import MAX_AGE_S, MAX_BYTES
 from podspan.agent.store.database import Database
+from podspan.agent.store.exporter import MAX_AGE_S, MAX_BYTES
 from unit.replay_wire import (
     B3,
     TRACE,

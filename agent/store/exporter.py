@@ -1,4 +1,4 @@
-"""Spans of a replay into the embedded store."""
+"""Spans of this process straight into a database: those of a replay, of the demo."""
 
 from __future__ import annotations
 
