@@ -14,28 +14,26 @@ import importlib.util
 import logging
 import os
 import platform
-import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 from podspan.agent import version
 from podspan.agent.clock import Clock
 from podspan.agent.config import Config
 from podspan.agent.engine import KERNEL, Plan, plan_of
-from podspan.agent.errors import FeatureMissing, NoPrivilege, UsageError
+from podspan.agent.errors import FeatureMissing, NoPrivilege
 from podspan.agent.exchange import Exchange, Role
 from podspan.agent.istio_metrics import RequestMetrics
 from podspan.agent.kernel.enrol import Enrolment
 from podspan.agent.kernel.guard import Want
 from podspan.agent.kernel.options import Options
 from podspan.agent.kernel.state import Inherited
+from podspan.agent.lifecycle import Stop, ready, ready_path, stop_signals
 from podspan.agent.metrics import PodStatus, Snapshot
 from podspan.agent.outputs import Outputs
 from podspan.agent.pods.kubernetes import cluster_of
@@ -121,7 +119,7 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
     """Trace until SIGTERM or SIGINT; return the exit code."""
     if open_tracer is None:
         open_tracer = _kernel_tracer()
-    ready_file = _ready_path(config)
+    ready_file = ready_path(config.ready_file)
     log.info(
         "podspan agent: version=%s kernel=%s pid=%d",
         version(),
@@ -130,7 +128,7 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
     )
     log.info("config: %s", config.facts())
     with ExitStack() as stack:
-        stop = stack.enter_context(_stop_signals())
+        stop = stack.enter_context(stop_signals())
         outputs = Outputs(stack, config)
         pods_by_netns = _pods_by_netns(stack)
         names = ServiceNames(pods_by_netns=pods_by_netns)
@@ -213,24 +211,22 @@ def run(config: Config, open_tracer: OpenTracer | None = None) -> int:
         steering.follow()
         publish()
         stack.callback(state.end)
-        if ready_file:
-            stack.enter_context(_ready(ready_file))
+        stack.enter_context(ready(ready_file))
+        log.info("ready")
         _loop(stop, tracer, sink, tasks)
     log.info("ended: exchanges=%d spans=%d %s", sink.exchanges, sink.spans, outputs)
     return 0
 
 
-def _loop(
-    stop: list[str], tracer: Tracer, sink: Sink, tasks: Sequence[Periodic]
-) -> None:
-    """Poll, and do what is due, until `stop` is not empty."""
+def _loop(stop: Stop, tracer: Tracer, sink: Sink, tasks: Sequence[Periodic]) -> None:
+    """Poll, and do what is due, until it is time to end."""
     while not stop:
         tracer.poll(POLL_MS)
         sink.hand_over()
         now_s = time.monotonic()
         for task in tasks:
             task.run_if_due(now_s)
-    log.info("ending: signal=%s", stop[0])
+    log.info("ending: signal=%s", stop.signal)
     # What finished before the signal is in the ring still.
     tracer.poll(0)
     sink.hand_over()
@@ -444,47 +440,3 @@ def _kernel_tracer() -> OpenTracer:
         )
     tracer: OpenTracer = import_module("podspan.agent.kernel.tracer").Tracer
     return tracer
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """Yield a list that is empty until SIGTERM or SIGINT puts its name there."""
-    stop: list[str] = []
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        stop.append(signal.Signals(number).name)
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, on_signal) for number in numbers]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-def _ready_path(config: Config) -> Path | None:
-    """Return the ready file, which does not exist yet and can be written."""
-    if config.ready_file is None:
-        return None
-    path = Path(config.ready_file)
-    if not path.parent.is_dir() or path.is_dir():
-        raise UsageError(
-            f"cannot write --ready-file {path}", "its directory must exist"
-        )
-    # One left behind by an agent that was killed would lie to whoever waits for it.
-    path.unlink(missing_ok=True)
-    return path
-
-
-@contextmanager
-def _ready(path: Path) -> Iterator[None]:
-    """Let the file say this process's id, whole or not at all, while we are ready."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(f"{os.getpid()}\n")
-    draft.rename(path)
-    log.info("ready: file=%s", path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
