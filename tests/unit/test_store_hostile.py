@@ -316,9 +316,12 @@ def test_requests(store, request_, statuses):
 
 
 @settings(
-    max_examples=300,
+    max_examples=100,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+    ],
     print_blob=True,
 )
 @given(
