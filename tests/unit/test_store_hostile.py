@@ -322,7 +322,7 @@ def test_requests(store, request_, statuses):
         HealthCheck.function_scoped_fixture,
         HealthCheck.too_slow,
     ],
-    print_blob=True,
+    derandomize=True,
 )
 @given(
     st.sampled_from(["GET", "POST", "HEAD"]),
