@@ -184,7 +184,7 @@ class Conversation:
 
     def ended(self, side: int, at_ns: int) -> None:
         """A FIN has come from `side`, after all that it sent."""
-        if self.opaque or self.client is None:
+        if self.opaque or self._closed or self.client is None:
             return
         if self._ended is None:
             self._ended = side
@@ -195,7 +195,7 @@ class Conversation:
 
     def reset(self, side: int, at_ns: int) -> None:
         """A RST has come from `side`."""
-        if self.opaque or self.client is None:
+        if self.opaque or self._closed or self.client is None:
             return
         by_client = side == self.client
         self._close(RESET_BY_CLIENT if by_client else RESET_BY_SERVER, at_ns)

@@ -209,6 +209,12 @@ def test_how_a_call_ends(events, client, server, status):
     assert first[1:4] == (status, client, server or client)
 
 
+def test_what_comes_behind_the_end_changes_nothing():
+    heard = Heard().say(C, GET).say(S, UNTIL_CLOSE).fin(S)
+    heard.fin(C).fin(S).rst(C).say(C, GET).say(S, OK)
+    assert [call[2] for call in heard.calls] == [End.EOF]
+
+
 def test_a_capture_that_ends_leaves_open_calls_unseen():
     heard = Heard().say(C, GET + request("/b")).say(S, OK[:-1])
     heard.conversation.give_up()
