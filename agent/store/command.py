@@ -7,15 +7,14 @@ import ctypes
 import logging
 import os
 import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from types import FrameType
 from typing import Final, NoReturn
 
 from podspan.agent import values, version
 from podspan.agent.errors import StoreError, UsageError
+from podspan.agent.lifecycle import Stop, ready, ready_path, stop_signals
 from podspan.agent.values import Address
 
 log = logging.getLogger(__name__)
@@ -53,17 +52,17 @@ def main(argv: Sequence[str]) -> int:
         level=options.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    with _stop_signals() as stop:
+    with stop_signals() as stop:
         _run(options, stop)
     return 0
 
 
-def _run(options: argparse.Namespace, stop: threading.Event) -> None:
+def _run(options: argparse.Namespace, stop: Stop) -> None:
     # SQLite and the server take a while to load; --help does without.
     from podspan.agent.store.database import Database  # noqa: PLC0415
     from podspan.agent.store.server import StoreServer  # noqa: PLC0415
 
-    ready_file = _ready_path(options.ready_file)
+    ready_file = ready_path(options.ready_file)
     _make_folder(options.data.parent)
     database = Database(
         options.data, max_age_s=options.max_age, max_bytes=options.max_size
@@ -82,7 +81,7 @@ def _run(options: argparse.Namespace, stop: threading.Event) -> None:
                 os.getpid(),
             )
             server.start()
-            with _ready(ready_file):
+            with ready(ready_file):
                 stop.wait()
             log.info("ending: finishing what is being answered")
         log.info("ended: %s", database.counts())
@@ -169,23 +168,6 @@ def _make_folder(folder: Path) -> None:
         ) from exc
 
 
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Yield what SIGTERM and SIGINT set."""
-    stop = threading.Event()
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:  # noqa: ARG001
-        stop.set()
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, on_signal) for number in numbers]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
 def _end_with_parent() -> None:
     """Let the kernel send SIGTERM when the thread that started this process ends."""
     parent = os.getppid()
@@ -193,40 +175,3 @@ def _end_with_parent() -> None:
     # It may have ended before; then somebody else has adopted us.
     if os.getppid() != parent:
         raise StoreError("--with-parent: the process that started this one has ended")
-
-
-def _ready_path(path: Path | None) -> Path | None:
-    """Return the ready file, which does not exist yet and can be written."""
-    if path is None:
-        return None
-    if not path.parent.is_dir() or path.is_dir():
-        raise UsageError(
-            f"cannot write --ready-file {path}", "its directory must exist"
-        )
-    # One left behind by a store that was killed would lie to whoever waits for it.
-    path.unlink(missing_ok=True)
-    return path
-
-
-@contextmanager
-def _ready(path: Path | None) -> Iterator[None]:
-    """Let the file say this process's id, whole or not at all, while we answer."""
-    if path is None:
-        yield
-        return
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(f"{os.getpid()}\n")
-    draft.rename(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    # As `podspan store`, with its way to print errors.
-    import sys
-
-    from podspan.agent.__main__ import main as podspan
-
-    sys.exit(podspan(["store", *sys.argv[1:]]))

@@ -24,8 +24,6 @@ CHROMIUM = Path("/usr/bin/chromium")
 SCREENSHOTS = Path(__file__).parents[2] / ".venv/cache/screenshots"
 WIDE = (1280, 800)
 NARROW = (400, 800)
-# `podspan store`, whether or not the command is wired.
-STORE = "import sys; from podspan.agent.store.command import main; main(sys.argv[1:])"
 START_S = 20
 
 
@@ -42,8 +40,9 @@ class Store:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        argv = ["--listen", f"127.0.0.1:{self.port}", "--data", str(self.data)]
-        self.process = subprocess.Popen([sys.executable, "-c", STORE, *argv])
+        command = [sys.executable, "-m", "podspan.agent", "store"]
+        command += ["--listen", f"127.0.0.1:{self.port}", "--data", str(self.data)]
+        self.process = subprocess.Popen(command)
         deadline = time.monotonic() + START_S
         while not self._answers():
             assert self.process.poll() is None, "the store ended at once"

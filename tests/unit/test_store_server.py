@@ -157,7 +157,7 @@ def test_eight_senders_at_once_lose_nothing(tmp_path):
 
 def started(*arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "podspan.agent.store.command", *arguments],
+        [sys.executable, "-m", "podspan.agent", "store", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -222,7 +222,7 @@ def test_the_data_is_for_its_owner_only(tmp_path):
 
 WITH_PARENT = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-m", "podspan.agent.store.command",
+child = subprocess.Popen([sys.executable, "-m", "podspan.agent", "store",
     "--with-parent", *sys.argv[1:]], stderr=subprocess.DEVNULL)
 print(child.pid, flush=True)
 time.sleep(600)
