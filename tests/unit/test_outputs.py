@@ -160,7 +160,7 @@ def test_without_a_place_spans_are_kept_in_the_embedded_store(tmp_path):
     with opened(*argv) as outputs:
         outputs.export(sent)
         until(lambda: stored() == 3)
-        assert outputs.counters()["store"]["sent"] == 3
+        until(lambda: outputs.counters()["store"]["sent"] == 3)
     assert (tmp_path / "traces.db").exists()
     threads = [thread.name for thread in threading.enumerate()]
     assert not [name for name in threads if "store" in name]
