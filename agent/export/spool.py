@@ -16,10 +16,11 @@ What a crash leaves:
 - A killed process leaves the bytes it had written, so every batch whose `append`
   returned True; the one in between may be torn, which is counted. A machine that dies
   loses what `sync` had not brought to the disk.
-- A batch that was delivered, but not acknowledged, comes again: at least once. Zipkin
-  and OTLP backends see the same span ids, and most store them once.
-- A damaged record costs itself alone. Damage in a header hides the length, so the next
-  header is looked for; no text can forge one, as UTF-8 has no byte of MARKER.
+- A batch that was delivered, but not acknowledged, comes again: at least once. Its
+  spans have the same ids, by which a backend may tell.
+- A damaged record costs itself alone; damage to a segment's name and version sets it
+  aside. Damage in a header hides the length, so the next header is looked for; no text
+  can forge one, as UTF-8 has no byte of MARKER.
 
 A segment is never continued by a later process, and one of another version is moved to
 the folder `set-aside`. Files with names that are not ours are left alone.

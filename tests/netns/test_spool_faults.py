@@ -18,7 +18,7 @@ from podspan.agent.export.spool import Spool
 from podspan.agent.span import span_of
 from unit.kernel_struct import exchange_record
 
-LIVES = 30
+LIVES = 20
 REPORTS_IN_A_LIFE = 400
 DISK_BYTES = 1 << 20
 
