@@ -16,10 +16,11 @@ What a crash leaves:
 - A killed process leaves the bytes it had written, so every batch whose `append`
   returned True; the one in between may be torn, which is counted. A machine that dies
   loses what `sync` had not brought to the disk.
-- A batch that was delivered, but not acknowledged, comes again: at least once. Zipkin
-  and OTLP backends see the same span ids, and most store them once.
-- A damaged record costs itself alone. Damage in a header hides the length, so the next
-  header is looked for; no text can forge one, as UTF-8 has no byte of MARKER.
+- A batch that was delivered, but not acknowledged, comes again: at least once. Its
+  spans have the same ids, by which a backend may tell.
+- A damaged record costs itself alone; damage to a segment's name and version sets it
+  aside. Damage in a header hides the length, so the next header is looked for; no text
+  can forge one, as UTF-8 has no byte of MARKER.
 
 A segment is never continued by a later process, and one of another version is moved to
 the folder `set-aside`. Files with names that are not ours are left alone.
@@ -32,7 +33,6 @@ import fcntl
 import logging
 import os
 import re
-import stat
 import struct
 import threading
 import zlib
@@ -435,10 +435,7 @@ class _Segment:
 
     def survey(self) -> int:
         """Count what is in the file; return how many records are torn."""
-        status = os.fstat(self._file())
-        if not stat.S_ISREG(status.st_mode):
-            raise _NotOurs("not a regular file")
-        self.size = status.st_size
+        self.size = os.fstat(self._file()).st_size
         head = os.pread(self._file(), len(SEGMENT_HEAD), 0)
         if not SEGMENT_HEAD.startswith(head):
             raise _NotOurs("not a segment of this version")
@@ -503,9 +500,7 @@ class _Segment:
 
     def _file(self) -> int:
         if self._fd is None:
-            # What is not a file shall neither be followed nor waited for.
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
-            self._fd = os.open(self.path, flags)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
         return self._fd
 
     def _record_from(self, at: int) -> _Record | None:
