@@ -138,10 +138,12 @@ def test_ten_minutes_without_a_backend(tmp_path, sync):
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, text=True
     ) as backend:
-        until(lambda: exporter.counters()["sent"] == OUTAGE_SPANS)
-        up_s = time.monotonic() - started_s
-        exporter.close(10)
-        backend.terminate()
+        try:
+            until(lambda: exporter.counters()["sent"] == OUTAGE_SPANS)
+            up_s = time.monotonic() - started_s
+        finally:
+            exporter.close(10)
+            backend.terminate()
         assert backend.stdout is not None
         answer = backend.stdout.read()
 
