@@ -115,9 +115,11 @@ class Config:
 
 
 def _shown(value: Any) -> Any:
-    """Return a value as people write it."""
+    """Return a value as people write it, without what may be a key."""
     if isinstance(value, Address | Secret):
         return str(value)
+    if isinstance(value, str) and value.startswith(("http:", "https:")):
+        return value.partition("?")[0]
     return ",".join(sorted(value)) if isinstance(value, frozenset) else value
 
 
@@ -254,7 +256,7 @@ OPTIONS = (
     Option(
         "--spool-size",
         "SIZE",
-        256 * 2**20,
+        512 * 2**20,  # ten minutes of 1,000 spans a second take 380 MB
         values.size,
         "keep so much on disk, for each backend, while it does not take spans; beyond "
         "that the oldest are dropped; 0: keep nothing",
@@ -279,10 +281,10 @@ OPTIONS = (
     Option(
         "--span-ids",
         "|".join(SPAN_IDS),
-        "shared",
+        None,
         values.one_of(*SPAN_IDS),
         "a server's span has its caller's id, as Zipkin's, or is its child, as "
-        "OpenTelemetry's",
+        "OpenTelemetry's; by default child where spans go by OTLP only, else shared",
     ),
     Option(
         "--sampling",
@@ -409,11 +411,18 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Config:
     given, rest = _parser().parse_known_args(argv)
     if rest:
         raise _unknown(rest[0])
-    config = Config(
-        **{option.field: _value(option, given, environment) for option in OPTIONS}
-    )
+    chosen = {option.field: _value(option, given, environment) for option in OPTIONS}
+    if chosen["span_ids"] is None:
+        chosen["span_ids"] = _span_ids(chosen)
+    config = Config(**chosen)
     _check(config)
     return config
+
+
+def _span_ids(chosen: Mapping[str, Any]) -> str:
+    """Return what all outputs can tell: OTLP knows no shared ids, Zipkin both."""
+    others = ("zipkin", "json", "tree", "store")
+    return "child" if chosen["otlp"] and not any(map(chosen.get, others)) else "shared"
 
 
 def _value(

@@ -66,10 +66,11 @@ class Outputs:
             # Here, not above: its libraries take memory.
             from podspan.agent.export.otlp import OtlpEncoder  # noqa: PLC0415
 
-            headers = config.otlp_headers_file, config.otlp_headers
-            self._add_backend(
-                stack, config.otlp, OtlpEncoder(config.otlp_encoding), *headers
+            encoder = OtlpEncoder(
+                config.otlp_encoding, shared_ids=config.span_ids == "shared"
             )
+            headers = config.otlp_headers_file, config.otlp_headers
+            self._add_backend(stack, config.otlp, encoder, *headers)
         if config.json is not None:
             self._add(stack, "json", JsonLinesExporter(config.json))
         if config.tree:

@@ -44,11 +44,17 @@ def demo() -> Iterator[list[Span]]:
 
 
 @pytest.fixture(scope="session")
-def zipkin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def zipkin_jar() -> Path:
     try:
-        installed.zipkin_jar()
+        return installed.zipkin_jar()
     except installed.Missing as exc:
         pytest.skip(str(exc))
+
+
+@pytest.fixture(scope="session")
+def zipkin(
+    zipkin_jar: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     with servers.zipkin(tmp_path_factory.mktemp("zipkin")) as server:
         yield server
 

@@ -131,8 +131,8 @@ def test_both_find_the_trace_or_do_not(fed, demo, found, query):
     ("encoder", "port"),
     [
         (ZipkinEncoder, "zipkin"),
-        (lambda: OtlpEncoder("protobuf"), "otlp"),
-        (lambda: OtlpEncoder("json"), "otlp"),
+        (lambda: OtlpEncoder("protobuf", shared_ids=True), "otlp"),
+        (lambda: OtlpEncoder("json", shared_ids=True), "otlp"),
     ],
     ids=["zipkin", "otlp-protobuf", "otlp-json"],
 )
@@ -198,7 +198,7 @@ def expected_parent(span: Span, spans: list[Span]) -> tuple[str, str] | None:
 
 
 def test_jaeger_and_the_store_draw_the_same_graph(jaeger, store, fed, demo):
-    feed(demo, OtlpEncoder("protobuf"), jaeger.port("otlp"))
+    feed(demo, OtlpEncoder("protobuf", shared_ids=True), jaeger.port("otlp"))
     query = {"endTs": now_ms(), "lookback": 24 * HOUR_MS}
 
     def edges() -> Any:

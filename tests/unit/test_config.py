@@ -31,7 +31,7 @@ DEFAULTS = Config(
     store_max_age=7 * 86400,
     store_max_size=2 * 2**30,
     data_dir=None,
-    spool_size=256 * 2**20,
+    spool_size=512 * 2**20,
     spool_sync="batch",
     netns=(),
     span_ids="shared",
@@ -267,6 +267,25 @@ def test_secrets_come_by_variable_only_and_are_shown_nowhere():
 )
 def test_the_store_is_where_traces_go_without_a_place(argv, wanted):
     assert parse(argv, {}).wants_store is wanted
+
+
+@pytest.mark.parametrize(
+    ("argv", "span_ids"),
+    [
+        (["--otlp", "http://o"], "child"),
+        (["--otlp", "http://o", "--zipkin", "http://z"], "shared"),
+        (["--otlp", "http://o", "--store"], "shared"),
+        (["--otlp", "http://o", "--span-ids", "shared"], "shared"),
+        (["--zipkin", "http://z"], "shared"),
+    ],
+)
+def test_ids_are_not_shared_where_only_otlp_is_spoken(argv, span_ids):
+    assert parse(argv, {}).span_ids == span_ids
+
+
+def test_a_key_in_a_url_is_not_shown():
+    made = parse(["--otlp", "https://o/v1/traces?key=hunter2"], {})
+    assert "otlp='https://o/v1/traces'" in made.facts()
 
 
 def test_facts_name_every_setting():

@@ -1,26 +1,15 @@
-"""The same requests to Zipkin's own server and to the store: the same answers.
-
-Needs java and Zipkin's executable jar: PODSPAN_ZIPKIN_JAR, else Maven's repository
-(`mvn dependency:get -Dartifact=io.zipkin:zipkin-server:3.6.1:jar:slim`).
-"""
+"""The same requests to Zipkin's own server and to the store: the same answers."""
 
 import json
-import os
 import random
-import shutil
-import socket
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from peers import servers
 from unit.store_server import Store, running_store
 from unit.test_store_zipkin_v2 import EXAMPLES, NORMALISED, REFUSED
-
-MAVEN = Path.home() / ".m2/repository/io/zipkin/zipkin-server"
-START_S = 120
 
 # What Zipkin takes, and the store does not: a time beyond 64 bits, and digits of other
 # scripts.
@@ -31,52 +20,14 @@ QUERIES = 100
 SERVICES = ["web", "cart", "mail", "db"]
 
 
-def jar():
-    named = os.environ.get("PODSPAN_ZIPKIN_JAR")
-    found = [Path(named)] if named else sorted(MAVEN.glob("*/zipkin-server-*-slim.jar"))
-    if not found or not found[-1].is_file():
-        pytest.skip("no Zipkin to compare with: set PODSPAN_ZIPKIN_JAR")
-    if not shutil.which("java"):
-        pytest.skip("no Zipkin to compare with: java is not installed")
-    return found[-1]
-
-
 @pytest.fixture(scope="module")
-def zipkin(tmp_path_factory):
-    log = tmp_path_factory.mktemp("zipkin") / "log"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = ["java", "-Xmx300m", "-jar", str(jar())]
-    environment = {**os.environ, "QUERY_PORT": str(port)}
+def both(zipkin_jar, tmp_path_factory):
+    """Zipkin and the store, both without a span."""
     with (
-        log.open("wb") as output,
-        subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT
-        ) as process,
+        servers.zipkin(tmp_path_factory.mktemp("zipkin")) as zipkin,
+        running_store(tmp_path_factory.mktemp("store")) as store,
     ):
-        try:
-            server: Any = Store(port, None, None)  # type: ignore[arg-type]
-            deadline_s = time.monotonic() + START_S
-            while not answers(server):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline_s, log.read_text()
-                time.sleep(0.2)
-            yield server
-        finally:
-            process.terminate()
-
-
-def answers(server):
-    try:
-        return server.get("/health").status == 200
-    except OSError:
-        return False
-
-
-@pytest.fixture(scope="module")
-def both(zipkin, tmp_path_factory):
-    with running_store(tmp_path_factory.mktemp("store")) as store:
-        yield zipkin, store
+        yield Store(zipkin.ports["zipkin"], store.database, store.server), store
 
 
 def stored(server, spans):
