@@ -99,7 +99,7 @@ class Database:
         self._max_age_s = max_age_s
         self._max_bytes = max_bytes
         self._file = File(path, max_bytes=max_bytes)
-        self._room_bytes = int(max_bytes * FULL_SHARE) - self._file.log_limit_bytes
+        self._room_bytes = int(max_bytes * FULL_SHARE) - self._file.log_most_bytes
         self._pending: list[_Batch] = []
         self._pending_lock = threading.Lock()
         self._turn = threading.Lock()  # to commit what is pending

@@ -135,14 +135,15 @@ class File:
         (page_bytes,) = writer.execute("PRAGMA page_size").fetchone()
         log_pages = max_bytes // page_bytes // LOG_SHARE
         log_pages = min(max(log_pages, MIN_LOG_PAGES), MAX_LOG_PAGES)
-        self.log_limit_bytes = log_pages * page_bytes
+        log_bytes = log_pages * page_bytes
+        self.log_most_bytes = LOG_OVERDUE * log_bytes
         for pragma in (
             "auto_vacuum = INCREMENTAL",  # before anything else is written
             "journal_mode = WAL",
             "synchronous = NORMAL",
             "secure_delete = OFF",
             f"wal_autocheckpoint = {log_pages}",
-            f"journal_size_limit = {self.log_limit_bytes}",
+            f"journal_size_limit = {log_bytes}",
         ):
             writer.execute(f"PRAGMA {pragma}").fetchall()
         with self.writing("open") as db:
@@ -224,7 +225,7 @@ class File:
 
     def truncate_log(self) -> None:
         """Write the log back and empty it, if it grew far beyond its limit."""
-        if self._log_bytes() <= LOG_OVERDUE * self.log_limit_bytes:
+        if self._log_bytes() <= self.log_most_bytes:
             return
         with self._lock, self._translated("write the log of"):
             if self._writer is not None:

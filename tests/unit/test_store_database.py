@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from podspan.agent.errors import StoreError
+from podspan.agent.store import ingest
 from podspan.agent.store.database import Database
 from podspan.agent.store.query import Query, matches, start_us
 from podspan.agent.store.summary import ServiceSummary, Summary
@@ -144,7 +145,8 @@ def brute_force(arrived, query):
 @given(st.lists(spans_of_many, min_size=1, max_size=4), st.lists(queries(), max_size=8))
 def test_a_search_finds_what_brute_force_finds(tmp_path_factory, batches, asked):
     path = tmp_path_factory.mktemp("store") / "traces.db"
-    with opened(path) as database:
+    with pytest.MonkeyPatch.context() as patch, opened(path) as database:
+        patch.setattr(ingest, "PART_TRACES", 2)
         for batch in batches:
             database.add(batch)
         arrived = [span for batch in batches for span in batch]
@@ -155,11 +157,33 @@ def test_a_search_finds_what_brute_force_finds(tmp_path_factory, batches, asked)
             assert ids == [spans[0]["traceId"] for spans in expected]
 
 
+def test_the_root_that_arrived_first_says_when_a_trace_started(database):
+    for number, later_us in enumerate((5_000_000, 9_000_000, 1_000_000), start=1):
+        database.add([span(1, number, timestamp=NOW_US + later_us)])
+    assert [len(trace) for trace in database.traces(around(5_000_000))] == [3]
+    assert database.traces(around(9_000_000)) == []
+    assert database.traces(around(1_000_000)) == []
+
+
+def around(later_us):
+    return Query(end_ts_ms=(NOW_US + later_us) // 1000, lookback_ms=1)
+
+
+def test_parts_of_the_index_give_one_order(database, monkeypatch):
+    monkeypatch.setattr(ingest, "PART_TRACES", 3)
+    starts = random.Random(1).sample(range(1000), 20)
+    for number, later_us in enumerate(starts, start=1):
+        database.add([span(number, 1, timestamp=NOW_US + later_us)])
+    found = database.traces(everything(service="a", limit=15))
+    expected = sorted(starts, reverse=True)[:15]
+    assert [trace[0]["timestamp"] - NOW_US for trace in found] == expected
+
+
 def test_a_duration_is_found_in_a_trace_of_many_spans(database):
     database.add(
         [
             span(1, number, "ab"[number % 2], duration=1_000_000 + number * 10)
-            for number in range(1, 1001)
+            for number in range(1000, 0, -1)
         ]
     )
 
@@ -416,24 +440,23 @@ def test_the_oldest_traces_leave_room_for_new_ones_whole(tmp_path):
     chance = random.Random(1)
     path = tmp_path / "traces.db"
     with opened(path, max_bytes=3_000_000) as database:
-        for first in range(1, 10_001, 200):
+        for first in range(1, 5001, 50):
             database.add(
                 [
                     span(first + number // 4, number + 1, tags={"k": noise})
-                    for number in range(800)
+                    for number in range(200)
                     for noise in [chance.randbytes(100).hex()]
                 ]
             )
-            database.expire()
             assert database.counts()["bytes"] <= 3_000_000
         counts = database.counts()
-        assert counts["expired_traces"] + counts["traces"] == 10_000
+        assert counts["expired_traces"] + counts["traces"] == 5000
         assert counts["traces"] > 1000
         oldest = counts["expired_traces"] + 1
-        for number in range(1, 10_001):
+        for number in range(1, 5001):
             kept = len(database.trace(f"{number:016x}"))
             assert kept == (4 if number >= oldest else 0)
-        asked = everything(limit=10_000, service="a")
+        asked = everything(limit=5000, service="a")
         assert len(database.traces(asked)) == counts["traces"]
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -469,6 +492,7 @@ def test_what_the_disk_does_not_take_is_refused_whole_and_later_taken(database):
 ADDER = """
 import sys
 from pathlib import Path
+from podspan.agent.store import ingest
 from podspan.agent.store.database import Database
 
 database = Database(Path(sys.argv[1]), max_age_s=1e9, max_bytes=1 << 30)
