@@ -33,19 +33,21 @@ class Node:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._questions, self._answers = self._process.stdin, self._process.stdout
 
     def ask(self, question, **about):
-        process = self._process
-        process.stdin.write(json.dumps({"question": question, **about}) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
+        self._questions.write(json.dumps({"question": question, **about}) + "\n")
+        self._questions.flush()
+        answer = self._answers.readline()
         assert answer, "node ended: see its stderr above"
         return json.loads(answer)
 
     def close(self):
-        self._process.stdin.close()
+        self._questions.close()
         self._process.wait(timeout=30)
-        self._process.stdout.close()
+        self._answers.close()
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ class TracePage {
     const trace = this._trace;
     const { root } = trace;
     const facts = [
-      ["Duration", duration(trace.durationUs)],
+      ["Duration", trace.durationUs ? duration(trace.durationUs) : "not known"],
       ["Started", trace.startUs ? time(trace.startUs) : "not known"],
       ["Calls", count(trace.rows.length)],
       ["Spans", count(trace.spanCount)],

@@ -12,7 +12,9 @@ import { operation, outcome, visibleRows } from "./trace_model.js";
 const ROW_PX = 28; // as --row in trace.css
 const AROUND = 8; // rows kept above and below those in sight
 const HEAD_PX = 83; // minimap and ruler, which stay on top
-const MAX_INDENT = 24; // deeper rows stand no further right, and say their depth
+const MAX_INDENT = 24; // levels; deeper rows stand no further right, and say their depth
+const INDENT_PX = 14; // of a level, where there is room for it
+const INDENT_SHARE = 0.5; // of the names' width, at most, for all levels together
 const TICK_PX = 90; // ticks are at least so far apart
 
 // Marks on a row finer than this share of the width are drawn as one.
@@ -41,6 +43,7 @@ export class Waterfall {
     this._frame = 0;
 
     this.overview = h("div", { class: "wf-overview" });
+    this._title = h("div", { class: "wf-title" }, "Service and operation");
     this._ticks = h("div", null);
     this._cursorTime = h("span", { class: "wf-cursor-time", hidden: true });
     this._ruler = h("div", { class: "wf-ruler", "aria-hidden": "true" }, this._ticks, this._cursorTime);
@@ -60,11 +63,12 @@ export class Waterfall {
         onmousemove: (event) => this._hover(event),
         onmouseleave: () => this._hideCursor(true),
       },
-      h("div", { class: "wf-head", role: "none" }, this.overview, h("div", { class: "wf-title" }, "Service and operation"), this._ruler),
+      h("div", { class: "wf-head", role: "none" }, this.overview, this._title, this._ruler),
       h("div", { class: "wf-body", role: "none" }, this._grid, this._cursor, this._rows),
     );
     this.element.addEventListener("scroll", () => this._soon(), { passive: true });
     this._resized = new ResizeObserver(() => {
+      this._setIndent();
       this._drawScale();
       this._soon();
     });
@@ -156,6 +160,12 @@ export class Waterfall {
     this._visible = visibleRows(this.trace.rows, this.collapsed);
     this._place = new Map(this._visible.map((row, index) => [row, index]));
     this._rows.style.setProperty("height", `${this._visible.length * ROW_PX}px`);
+  }
+
+  _setIndent() {
+    const levels = Math.min(this.trace.depth, MAX_INDENT);
+    const room = (this._title.clientWidth * INDENT_SHARE) / levels;
+    this.element.style.setProperty("--indent", `${Math.min(INDENT_PX, Math.floor(room))}px`);
   }
 
   _soon() {
