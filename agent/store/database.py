@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -58,13 +58,34 @@ class _Batch:
     error: StoreError | None = None
 
 
-@dataclass(slots=True)
 class _Counts:
-    spans: int
-    traces: int
-    expired_spans: int = 0
-    expired_traces: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    """How much there is, and since the start how much expired."""
+
+    def __init__(self, spans: int, traces: int) -> None:
+        self._lock = threading.Lock()
+        self._spans = spans
+        self._traces = traces
+        self._expired = retention.Expired()
+
+    def store(self, new_traces: int, spans: int) -> None:
+        with self._lock:
+            self._traces += new_traces
+            self._spans += spans
+
+    def expire(self, removed: retention.Expired) -> None:
+        with self._lock:
+            self._traces -= removed.traces
+            self._spans -= removed.spans
+            self._expired += removed
+
+    def as_dict(self) -> dict[str, int]:
+        with self._lock:
+            return {
+                "spans": self._spans,
+                "traces": self._traces,
+                "expired_spans": self._expired.spans,
+                "expired_traces": self._expired.traces,
+            }
 
 
 class Database:
@@ -85,6 +106,7 @@ class Database:
         try:
             with self._file.reading() as db:
                 self._names = _names(db)
+                self._names_since = 0  # the hour
                 self._counts = _Counts(
                     *db.execute(
                         "SELECT coalesce(sum(spans), 0), count(*) FROM traces"
@@ -122,21 +144,25 @@ class Database:
     def _commit(self, batches: Sequence[_Batch]) -> None:
         now_s = time.time()
         chunks = [chunk for batch in batches for chunk in batch.chunks]
+        spans = sum(len(batch.spans) for batch in batches)
+        expired = retention.Expired()
         hour = hour_of(now_s)
         try:
             with self._file.writing("store spans in") as db:
                 new = ingest.insert(db, chunks, now_s, self._max_bytes)
                 for batch in batches:
                     ingest.insert_names(db, self._names.learn(batch.spans, hour))
+                if bytes_of(db)[1] > self._room_bytes:
+                    # Who adds faster than the thread expires makes room himself.
+                    expired = retention.expire_oldest(db, 2 * spans)
         except StoreError as exc:
             for batch in batches:
                 batch.error = exc
             with suppress(StoreError), self._file.reading() as db:
                 self._names = _names(db)
         else:
-            with self._counts.lock:
-                self._counts.traces += new
-                self._counts.spans += sum(len(batch.spans) for batch in batches)
+            self._counts.store(new, spans)
+            self._counts.expire(expired)
         finally:
             for batch in batches:
                 batch.done = True
@@ -224,43 +250,28 @@ class Database:
 
     def counts(self) -> dict[str, int]:
         """Return how much there is, and since the start how much expired."""
-        counts = self._counts
-        with counts.lock:
-            result = {
-                "spans": counts.spans,
-                "traces": counts.traces,
-                "expired_spans": counts.expired_spans,
-                "expired_traces": counts.expired_traces,
-            }
-        return {**result, "bytes": self._file.bytes_on_disk()}
+        return {**self._counts.as_dict(), "bytes": self._file.bytes_on_disk()}
 
     def expire(self) -> None:
         """Remove the oldest traces until age and size are as they should be."""
         cutoff_s = time.time() - self._max_age_s
-        before = self._counts.expired_traces
         while self._expire_step(lambda db: retention.expire_older(db, cutoff_s)):
             pass
         while self._bytes()[1] > self._room_bytes:
             if not self._expire_step(retention.expire_oldest):
                 break
-        if self._counts.expired_traces != before:
-            self._forget_names()
-        while self._bytes()[0] > self._room_bytes:
-            with self._file.writing("shrink") as db:
-                if not retention.shrink(db):
-                    break
+        self._forget_names()
+        total, used = self._bytes()
+        while total > max(self._room_bytes, used):
+            self._file.shrink()
+            total, used = self._bytes()
         self._file.truncate_log()
 
     def _expire_step(self, remove: Callable[[Connection], retention.Expired]) -> bool:
         """Remove a few traces; tell whether there were any."""
         with self._file.writing("expire traces in") as db:
             expired = remove(db)
-        counts = self._counts
-        with counts.lock:
-            counts.traces -= expired.traces
-            counts.spans -= expired.spans
-            counts.expired_traces += expired.traces
-            counts.expired_spans += expired.spans
+        self._counts.expire(expired)
         return expired.traces > 0
 
     def _bytes(self) -> tuple[int, int]:
@@ -268,13 +279,17 @@ class Database:
             return bytes_of(db)
 
     def _forget_names(self) -> None:
+        """Forget the names that are older than every trace; once an hour, perhaps."""
+        with self._file.reading() as db:
+            oldest = db.execute("SELECT arrived_s FROM traces ORDER BY no LIMIT 1")
+            (arrived_s,) = oldest.fetchone() or (time.time(),)
+        hour = hour_of(arrived_s)
+        if hour == self._names_since:
+            return
         with self._turn, self._file.writing("expire names in") as db:
-            oldest_s = db.execute(
-                "SELECT arrived_s FROM traces ORDER BY no LIMIT 1"
-            ).fetchone()
-            hour = hour_of(oldest_s[0] if oldest_s else time.time())
             db.execute("DELETE FROM names WHERE hour < ?", (hour,))
             self._names.forget(hour)
+        self._names_since = hour
 
     def settle(self, quiet_s: float = settle.QUIET_S) -> None:
         """Work out the links of all traces to which nothing came for that long."""

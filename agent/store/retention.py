@@ -11,12 +11,8 @@ from itertools import pairwise
 
 from podspan.agent.store.sqlite import Connection
 
-# Traces or chunks of one step.
-STEP_TRACES = 100
-STEP_CHUNKS = 500
-
-# Pages given back to the file system in one step.
-STEP_PAGES = 256
+# A step ends with the trace that makes so many spans, some milliseconds.
+STEP_SPANS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,43 +22,36 @@ class Expired:
     traces: int = 0
     spans: int = 0
 
+    def __add__(self, other: Expired) -> Expired:
+        return Expired(self.traces + other.traces, self.spans + other.spans)
+
 
 def expire_older(db: Connection, arrived_before_s: float) -> Expired:
     """Remove some of the traces that arrived before; Expired() when there are none."""
-    old = [trace for trace, arrived_s in _oldest(db) if arrived_s < arrived_before_s]
-    return _remove(db, old)
+    return _remove(db, STEP_SPANS, arrived_before_s)
 
 
-def expire_oldest(db: Connection) -> Expired:
-    """Remove some of the traces that arrived first."""
-    return _remove(db, [trace for trace, _ in _oldest(db)])
+def expire_oldest(db: Connection, spans: int = STEP_SPANS) -> Expired:
+    """Remove the traces that arrived first, until so many spans are gone."""
+    return _remove(db, spans)
 
 
-def shrink(db: Connection) -> bool:
-    """Give some of the free pages back; False when there are none."""
-    db.execute(f"PRAGMA incremental_vacuum({STEP_PAGES})").fetchall()
-    (free,) = db.execute("PRAGMA freelist_count").fetchone()
-    return bool(free)
-
-
-def _oldest(db: Connection) -> list[tuple[int, int]]:
-    return db.execute(
-        "SELECT no, arrived_s FROM traces ORDER BY no LIMIT ?", (STEP_TRACES,)
-    ).fetchall()
-
-
-def _remove(db: Connection, traces: list[int]) -> Expired:
+def _remove(
+    db: Connection, spans: int, arrived_before_s: float = float("inf")
+) -> Expired:
     """Remove traces with all they have, and the parts that have none left."""
     removed = Expired()
-    for trace in traces:
-        (spans,) = db.execute(
-            "DELETE FROM traces WHERE no = ? RETURNING spans", (trace,)
+    while removed.spans < spans:
+        oldest = db.execute(
+            "SELECT no, spans, arrived_s FROM traces ORDER BY no LIMIT 1"
         ).fetchone()
-        gone = db.execute("DELETE FROM chunks WHERE trace = ?", (trace,)).rowcount
-        db.execute("DELETE FROM unsettled WHERE trace = ?", (trace,))
-        removed = Expired(removed.traces + 1, removed.spans + spans)
-        if gone > STEP_CHUNKS:
+        if oldest is None or oldest[2] >= arrived_before_s:
             break
+        trace, trace_spans, _ = oldest
+        db.execute("DELETE FROM traces WHERE no = ?", (trace,))
+        db.execute("DELETE FROM chunks WHERE trace = ?", (trace,))
+        db.execute("DELETE FROM unsettled WHERE trace = ?", (trace,))
+        removed += Expired(1, trace_spans)
     if removed.traces:
         _drop_empty_parts(db)
     return removed

@@ -101,6 +101,9 @@ MAX_LOG_PAGES = 4096
 LOG_SHARE = 16
 LOG_OVERDUE = 2
 
+# Pages given back to the file system at a time.
+SHRINK_PAGES = 256
+
 CACHE_KIB = 16 * 1024
 
 
@@ -207,6 +210,13 @@ class File:
         with suppress(IndexError):
             while True:
                 self._idle.pop().close()
+
+    def shrink(self) -> None:
+        """Give some of the free pages back to the file system."""
+        with self._lock, self._translated("shrink"):
+            if self._writer is not None:
+                # A step of this statement frees one page; execute() makes one step.
+                self._writer.executescript(f"PRAGMA incremental_vacuum({SHRINK_PAGES})")
 
     def truncate_log(self) -> None:
         """Write the log back and empty it, if it grew far beyond its limit."""

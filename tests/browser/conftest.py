@@ -18,7 +18,14 @@ from urllib.request import Request, urlopen
 
 import pytest
 from browser.traces import Span, an_hour
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Error,
+    Page,
+    expect,
+    sync_playwright,
+)
 
 CHROMIUM = Path("/usr/bin/chromium")
 SCREENSHOTS = Path(__file__).parents[2] / ".venv/cache/screenshots"
@@ -27,6 +34,9 @@ NARROW = (400, 800)
 # `podspan store`, whether or not the command is wired.
 STORE = "import sys; from podspan.agent.store.command import main; main(sys.argv[1:])"
 START_S = 20
+WAIT_MS = 15_000  # on a machine that is busy with other things
+
+expect.set_options(timeout=WAIT_MS)
 
 
 @dataclass
@@ -81,6 +91,17 @@ def store(tmp_path_factory) -> Iterator[Store]:
     store.start()
     try:
         store.post(an_hour(now_us()))
+        yield store
+    finally:
+        store.stop()
+
+
+@pytest.fixture(scope="session")
+def live_store(tmp_path_factory) -> Iterator[Store]:
+    """A store for tests that send spans and stop it; it has those of earlier tests."""
+    store = Store(tmp_path_factory.mktemp("live_store") / "traces.db", free_port())
+    store.start()
+    try:
         yield store
     finally:
         store.stop()
@@ -155,7 +176,7 @@ def page(browser: Browser, complaints: Complaints) -> Iterator[Page]:
         color_scheme="light",
         reduced_motion="reduce",
     )
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(WAIT_MS)
     page = context.new_page()
     page.on("console", complaints.on_console)
     page.on("pageerror", complaints.on_error)

@@ -76,13 +76,18 @@ def test_back_undoes_a_search(listed):
     expect(listed.locator(ROWS)).to_have_count(9)
 
 
-@pytest.mark.parametrize("text", ["5", "fast", "1.5 parsecs", "-1ms"])
-def test_a_duration_without_sense_is_not_searched_for(listed, text):
+def test_a_duration_without_sense_is_not_searched_for(listed):
     field = listed.get_by_label("Min duration")
-    field.fill(text)
-    field.press("Enter")
+    for text in ("5", "fast", "1.5 parsecs", "-1ms"):
+        field.fill(text)
+        field.press("Enter")
+        expect(field).to_have_attribute("aria-invalid", "true")
+        assert query(listed) == {}
+    field.fill("5ms")
     expect(field).to_have_attribute("aria-invalid", "true")
-    assert query(listed) == {}
+    field.press("Enter")
+    expect(field).not_to_have_attribute("aria-invalid", "true")
+    listed.wait_for_url(re.compile("minDuration=5000"))
 
 
 def test_names_are_suggested_and_one_is_chosen_by_keyboard(listed):
@@ -216,18 +221,18 @@ def test_a_store_without_spans_says_where_to_send_them(empty_store, page, shoot)
 
 
 def test_a_store_that_is_away_is_asked_until_it_is_back(
-    empty_store, page, complaints, shoot
+    live_store, page, complaints, shoot
 ):
     complaints.expected.append(AWAY)
-    empty_store.post(bookinfo(1, now_us() - 1_000_000))
-    page.goto(empty_store.url)
-    expect(page.locator(ROWS)).to_have_count(1)
-    empty_store.stop()
+    live_store.post(bookinfo(1, now_us() - 1_000_000))
+    page.goto(live_store.url)
+    expect(page.locator(ROWS).first).to_be_visible()
+    live_store.stop()
     page.keyboard.press("r")
     expect(page.locator(".state-error")).to_contain_text("does not answer")
     shoot("list-away")
-    empty_store.start()
-    expect(page.locator(ROWS)).to_have_count(1)
+    live_store.start()
+    expect(page.locator(ROWS).first).to_be_visible()
 
 
 def test_what_the_store_refuses_is_said_in_its_words(page, store, complaints, shoot):

@@ -63,7 +63,7 @@ class Trace:
                 "podspan.request_us": str(duration_us // 50),
                 "podspan.wait_us": str(duration_us * 3 // 4),
                 "podspan.response_us": str(duration_us // 20),
-                "podspan.link": "context",
+                "podspan.link": "thread",
             },
         }
         server: Span = {

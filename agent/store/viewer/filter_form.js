@@ -15,6 +15,7 @@ const EXTRA = ["spanName", "remoteServiceName", "minDuration", "maxDuration", "l
  */
 export function filterForm(filters, onFind) {
   let base = filters; // what has no field here: sort, scale
+  const known = new Map(); // names that the store gave, until the next search
   const field = fields(names());
   const custom = h(
     "div",
@@ -95,6 +96,7 @@ export function filterForm(filters, onFind) {
 
   function send() {
     const wanted = read();
+    known.clear();
     if (wanted) onFind(wanted);
   }
 
@@ -152,7 +154,17 @@ export function filterForm(filters, onFind) {
 
   /** Return functions for the names that the store knows; what it does not say is none. */
   function names() {
-    const list = (path, params) => get(path, params).catch(() => []);
+    const list = (path, params) => {
+      const key = `${path} ${Object.values(params ?? {})}`;
+      if (!known.has(key)) {
+        const none = () => {
+          known.delete(key);
+          return [];
+        };
+        known.set(key, get(path, params).catch(none));
+      }
+      return known.get(key);
+    };
     const service = () => field.serviceName.input.value.trim();
     return {
       serviceName: () => list("/api/v2/services"),
