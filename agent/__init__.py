@@ -11,6 +11,7 @@ sends it away.
     http_head.py  the head of a message              errors.py    what can go wrong
     clock.py      the kernel's clock -> the world's  doctor.py    what a node lacks
     metrics.py    what it says of itself             status.py    to whom, by HTTP
+    istio_metrics.py  exchanges -> Istio's metrics   workloads.py  who is at their ends
     engine.py     which engine a pod has, and why    redirect/  workers that carry
     netlink.py    its messages' frame                steering.py  who follows the plan
 """
