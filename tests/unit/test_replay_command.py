@@ -216,7 +216,10 @@ def test_a_wrong_line_of_the_hosts_file_is_named():
 class Terminal(StringIO):
     def __init__(self, isatty):
         super().__init__()
-        self.isatty = lambda: isatty
+        self._isatty = isatty
+
+    def isatty(self):
+        return self._isatty
 
 
 def test_progress_is_shown_on_a_terminal_only():

@@ -115,6 +115,17 @@ def test_without_context_a_call_begins_a_trace_and_each_replay_gives_the_same():
     assert one_call(request("/"))[0] == [client, server]
 
 
+def test_connecting_is_the_first_calls():
+    talk = Talk().handshake().exchange(ASKED, ANSWERED).exchange(ASKED, ANSWERED)
+    spans, _ = replayed(captured(talk.bye()))
+    assert ["podspan.connect_us" in span.tags for span in spans] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
 def test_two_calls_without_context_are_two_traces():
     talk = Talk().handshake()
     talk.exchange(request("/"), ANSWERED).exchange(request("/"), ANSWERED).bye()
