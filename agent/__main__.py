@@ -66,6 +66,10 @@ COMMANDS = {
         "keep traces, search and show them: Zipkin's API and a viewer",
         _main_of("podspan.agent.store.command"),
     ),
+    "replay": Command(
+        "the traces of a capture that tcpdump made",
+        _main_of("podspan.agent.replay.command"),
+    ),
     "demo": Command(
         "start four services, trace them, print the trace",
         _main_of("podspan.agent.demo.command"),
@@ -90,6 +94,7 @@ def help_text() -> str:
         "  podspan agent --zipkin http://zipkin.istio-system:9411",
         "  podspan init plan",
         "  sudo podspan doctor",
+        "  podspan replay incident.pcap --serve",
     ]
     return "\n".join(lines)
 

@@ -1,8 +1,10 @@
 """The command: what it prints and the code it exits with."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from podspan.agent import __main__ as command
@@ -17,6 +19,18 @@ def test_help(capsys):
         assert all(name in out for name in COMMANDS)
         assert "examples:" in out
         assert err == ""
+
+
+def test_every_command_of_the_readme_is_there(capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    named = set(re.findall(r"(?:^|`|bin/)podspan ([a-z]+)", readme, re.MULTILINE))
+    assert {"agent", "store", "replay"} <= named <= set(COMMANDS)
+    for name in named:
+        try:
+            assert main([name, "--help"]) == 0
+        except SystemExit as ended:  # argparse's own --help
+            assert ended.code == 0
+        assert f"usage: podspan {name}" in capsys.readouterr().out
 
 
 def test_help_of_the_agent(capsys):
