@@ -69,6 +69,7 @@ class StoreServer:
             ident=None,
         )
         self._thread: threading.Thread | None = None
+        self._deaf = threading.Event()  # accepts no more
         self._ended = threading.Event()
         self._ended.set()
 
@@ -96,6 +97,9 @@ class StoreServer:
             # Sockets are its loop's, which runs what its trigger is given.
             trigger = self._server.trigger
             trigger.pull_trigger(self._close_listener)
+            # Else the loop might take the next pull along with this one, and close the
+            # trigger while it is being pulled.
+            self._deaf.wait(DRAIN_S)
             deadline_s = time.monotonic() + DRAIN_S
             while self._is_busy() and time.monotonic() < deadline_s:
                 self._ended.wait(POLL_S)
@@ -114,6 +118,7 @@ class StoreServer:
 
     def _close_listener(self) -> None:
         wasyncore.dispatcher.close(self._server)
+        self._deaf.set()
 
     def _close_sockets(self) -> None:
         for channel in list(self._server.active_channels.values()):
@@ -131,8 +136,12 @@ def _listen(address: tuple[str, int]) -> socket.socket:
             backlog=BACKLOG,
             dualstack_ipv6=host == "::",
         )
-    except (OSError, OverflowError) as exc:
-        hint = ""
-        if isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
-            hint = "another store or Zipkin is there: choose another --listen ADDR:PORT"
-        raise StoreError(f"cannot listen on {host}, port {port}: {exc}", hint) from exc
+    except (OSError, UnicodeError) as exc:
+        hint = "--listen wants an address of this machine: 127.0.0.1:9411, :9411"
+        why = "no such name"  # it cannot even be looked up
+        if isinstance(exc, OSError):
+            if exc.errno == errno.EADDRINUSE:
+                hint = "another store or Zipkin is there: choose another --listen"
+            # strerror comes with the address, which is said already.
+            why = (exc.strerror or str(exc)).partition(" (while ")[0]
+        raise StoreError(f"cannot listen on {host}, port {port}: {why}", hint) from exc

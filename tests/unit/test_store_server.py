@@ -37,7 +37,7 @@ def test_a_port_that_is_taken_is_told(tmp_path):
         assert "--listen" in caught.value.hint
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a..b"])
 def test_an_address_that_is_not_ours_is_told(tmp_path, host):
     with running_store(tmp_path) as store, pytest.raises(StoreError, match=host):
         StoreServer(store.database, (host, 0))
@@ -48,6 +48,14 @@ def test_a_server_that_never_started_closes(tmp_path):
         server = StoreServer(store.database, ("127.0.0.1", 0))
         server.close()
         StoreServer(store.database, ("127.0.0.1", server.port)).close()
+
+
+def test_closing_never_pulls_what_the_loop_has_closed(tmp_path):
+    with running_store(tmp_path) as store:
+        for _ in range(600):  # it went wrong once in 150
+            server = StoreServer(store.database, ("127.0.0.1", 0))
+            server.start()
+            server.close()
 
 
 def test_ipv6(tmp_path):
