@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from browser.conftest import now_us
+from browser.conftest import Store, free_port, now_us
 from browser.traces import INJECTION, Trace, bookinfo, hostile
 from playwright.sync_api import expect
 
@@ -24,11 +24,22 @@ def an_hour_of_pages():
     return spans
 
 
+@pytest.fixture(scope="module")
+def bookinfo_store(tmp_path_factory):
+    """A store with Bookinfo and nothing else, to be read only."""
+    store = Store(tmp_path_factory.mktemp("bookinfo") / "traces.db", free_port())
+    store.start()
+    try:
+        store.post(an_hour_of_pages())
+        yield store
+    finally:
+        store.stop()
+
+
 @pytest.fixture
-def graph(page, empty_store):
+def graph(page, bookinfo_store):
     """The graph of Bookinfo."""
-    empty_store.post(an_hour_of_pages())
-    page.goto(f"{empty_store.url}/dependencies")
+    page.goto(f"{bookinfo_store.url}/dependencies")
     expect(page.locator(NODES)).to_have_count(5)
     return page
 
@@ -141,12 +152,11 @@ def test_the_range_is_asked_for_and_in_the_address(graph):
     )
 
 
-def test_an_address_says_range_end_and_service(page, empty_store):
-    empty_store.post(an_hour_of_pages())
+def test_an_address_says_range_end_and_service(page, bookinfo_store):
     end_ms = now_us() // 1000
     query = f"endTs={end_ms}&lookback=7200000&service=ratings"
     with page.expect_request(f"**/edges?endTs={end_ms}&lookback=7200000"):
-        page.goto(f"{empty_store.url}/dependencies?{query}")
+        page.goto(f"{bookinfo_store.url}/dependencies?{query}")
     expect(page.locator(NODES)).to_have_count(2)
     expect(page.get_by_label("Range")).to_have_value("here")
     expect(page.get_by_label("Service", exact=True)).to_have_value("ratings")

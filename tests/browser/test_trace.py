@@ -232,6 +232,7 @@ def test_details_tell_tags_ends_annotations_link_and_where_the_time_went(opened,
     expect(annotations.locator(".moments-line i")).to_have_count(1)
     linked = detail.get_by_role("region", name="How it was linked")
     expect(linked).to_contain_text("reviews: GET /reviews/0")
+    expect(linked).to_contain_text("By the thread that sent it")
     for half in ("Client", "Server"):
         tags = detail.get_by_role("region", name=f"{half} span").locator(".tags")
         expect(tags.locator("tr", has_text="http.status_code")).to_contain_text("200")

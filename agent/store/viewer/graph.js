@@ -68,12 +68,28 @@ class GraphPage {
     });
     this._summary = h("p", { class: "muted", role: "status" });
     this._range = h("select", { "aria-label": "Range", onchange: () => this._setRange() });
-    this._picker = h("select", { "aria-label": "Service", onchange: () => this._choose(this._picker.value) });
-    this._all = h("button", { type: "button", onclick: () => this._choose(""), hidden: true }, "All services");
-    this._numbers = h("aside", { class: "graph-numbers panel", "aria-label": "Numbers", "aria-live": "polite" });
+    this._picker = h("select", {
+      "aria-label": "Service",
+      onchange: () => this._choose(this._picker.value),
+    });
+    this._all = h(
+      "button",
+      { type: "button", onclick: () => this._choose(""), hidden: true },
+      "All services",
+    );
+    this._numbers = h("aside", {
+      class: "graph-numbers panel",
+      "aria-label": "Numbers",
+      "aria-live": "polite",
+    });
     this._drawing = h("div", { class: "graph-drawing panel" }, this._canvas.element, legend());
     this._table = h("section", { class: "panel graph-table", "aria-label": "The same as a table" });
-    this._content = h("div", { class: "graph-content" }, h("div", { class: "graph-main" }, this._drawing, this._numbers), this._table);
+    this._content = h(
+      "div",
+      { class: "graph-content" },
+      h("div", { class: "graph-main" }, this._drawing, this._numbers),
+      this._table,
+    );
     this._instead = h("div", { class: "panel", hidden: true });
     this.element = h(
       "div",
@@ -152,11 +168,25 @@ class GraphPage {
 
   _showEmpty() {
     const longest = RANGES.at(-1);
-    const wider = this._lookback < longest[0] && h("button", { type: "button", onclick: () => this._look(longest[0]) }, longest[1]);
+    const wider =
+      this._lookback < longest[0] &&
+      h("button", { type: "button", onclick: () => this._look(longest[0]) }, longest[1]);
     if (this._service && this._edges.length) {
-      this._showInstead("empty", `${this._service} neither called nor was called in this range.`, null, wider, h("button", { type: "button", onclick: () => this._choose("") }, "All services"));
+      this._showInstead(
+        "empty",
+        `${this._service} neither called nor was called in this range.`,
+        null,
+        wider,
+        h("button", { type: "button", onclick: () => this._choose("") }, "All services"),
+      );
     } else {
-      this._showInstead("empty", "No service called another in this range.", null, wider, h("button", { type: "button", onclick: () => this.load() }, "Look again"));
+      this._showInstead(
+        "empty",
+        "No service called another in this range.",
+        null,
+        wider,
+        h("button", { type: "button", onclick: () => this.load() }, "Look again"),
+      );
     }
   }
 
@@ -164,11 +194,16 @@ class GraphPage {
 
   _fillRanges() {
     const known = RANGES.some(([ms]) => ms === this._lookback) && this._endTs === null;
-    const here = this._endTs === null ? `Last ${duration(this._lookback * 1e3)}` : `${duration(this._lookback * 1e3)} until ${new Date(this._endTs).toLocaleString()}`;
+    const here =
+      this._endTs === null
+        ? `Last ${duration(this._lookback * 1e3)}`
+        : `${duration(this._lookback * 1e3)} until ${new Date(this._endTs).toLocaleString()}`;
     replace(
       this._range,
       !known && h("option", { value: "here", selected: true }, here),
-      RANGES.map(([ms, name]) => h("option", { value: ms, selected: known && ms === this._lookback }, name)),
+      RANGES.map(([ms, name]) =>
+        h("option", { value: ms, selected: known && ms === this._lookback }, name),
+      ),
     );
   }
 
@@ -242,12 +277,26 @@ class GraphPage {
     this._told = { edge, name };
     if (edge) replace(this._numbers, this._edgeNumbers(edge));
     else if (name) replace(this._numbers, this._nodeNumbers(name));
-    else replace(this._numbers, h("p", { class: "muted" }, "Point at a service or a call, or go to it by Tab, to see its numbers. Press a service to see it with its neighbours."));
+    else
+      replace(
+        this._numbers,
+        h(
+          "p",
+          { class: "muted" },
+          "Point at a service or a call, or go to it by Tab, to see its numbers. Press a service to see it with its neighbours.",
+        ),
+      );
   }
 
   _edgeNumbers(edge) {
     return [
-      h("h2", null, serviceLabel(edge.parent), h("span", { class: "muted" }, " → "), serviceLabel(edge.child)),
+      h(
+        "h2",
+        null,
+        serviceLabel(edge.parent),
+        h("span", { class: "muted" }, " → "),
+        serviceLabel(edge.child),
+      ),
       numbers([
         ["Rate", rateText(edge.rate)],
         ["Calls", count(edge.callCount)],
@@ -256,7 +305,15 @@ class GraphPage {
         ["p95", duration(edge.p95Us)],
         ["p99", duration(edge.p99Us)],
       ]),
-      h("p", null, h("a", { href: this._tracesHref({ serviceName: edge.parent, remoteServiceName: edge.child }) }, "Traces with this call")),
+      h(
+        "p",
+        null,
+        h(
+          "a",
+          { href: this._tracesHref({ serviceName: edge.parent, remoteServiceName: edge.child }) },
+          "Traces with this call",
+        ),
+      ),
     ];
   }
 
@@ -268,7 +325,11 @@ class GraphPage {
       incoming.edges > 0 && totals(incoming),
       h("h3", null, `Calls ${count(outgoing.edges, "service")}`),
       outgoing.edges > 0 && totals(outgoing),
-      h("p", null, h("a", { href: this._tracesHref({ serviceName: name }) }, `Traces with ${name}`)),
+      h(
+        "p",
+        null,
+        h("a", { href: this._tracesHref({ serviceName: name }) }, `Traces with ${name}`),
+      ),
     ];
   }
 
@@ -292,8 +353,21 @@ class GraphPage {
         "table",
         null,
         h("caption", { class: "hidden" }, "Calls between services"),
-        h("thead", null, h("tr", null, COLUMNS.map(([name], index) => this._columnHead(name, index, edges)), h("th", null, h("span", { class: "hidden" }, "Traces")))),
-        h("tbody", null, sorted.map((edge) => this._line(edge))),
+        h(
+          "thead",
+          null,
+          h(
+            "tr",
+            null,
+            COLUMNS.map(([name], index) => this._columnHead(name, index, edges)),
+            h("th", null, h("span", { class: "hidden" }, "Traces")),
+          ),
+        ),
+        h(
+          "tbody",
+          null,
+          sorted.map((edge) => this._line(edge)),
+        ),
       ),
     );
   }
@@ -303,12 +377,24 @@ class GraphPage {
     const sorted = index === column;
     return h(
       "th",
-      { scope: "col", class: index > 1 ? "number" : null, "aria-sort": sorted ? (down ? "descending" : "ascending") : null },
-      h("button", { type: "button", class: "link", onclick: () => {
-        this._order = { column: index, down: sorted ? !down : index > 1 };
-        this._fillTable(edges);
-        this._table.querySelectorAll("th button")[index].focus();
-      } }, name),
+      {
+        scope: "col",
+        class: index > 1 ? "number" : null,
+        "aria-sort": sorted ? (down ? "descending" : "ascending") : null,
+      },
+      h(
+        "button",
+        {
+          type: "button",
+          class: "link",
+          onclick: () => {
+            this._order = { column: index, down: sorted ? !down : index > 1 };
+            this._fillTable(edges);
+            this._table.querySelectorAll("th button")[index].focus();
+          },
+        },
+        name,
+      ),
     );
   }
 
@@ -323,14 +409,33 @@ class GraphPage {
       h("td", { class: "number" }, count(edge.callCount)),
       h("td", { class: "number" }, rateText(edge.rate)),
       h("td", { class: edge.errorCount ? "number error-text" : "number" }, count(edge.errorCount)),
-      h("td", { class: edge.errorCount ? "number error-text" : "number" }, shareText(edge.errorShare)),
+      h(
+        "td",
+        { class: edge.errorCount ? "number error-text" : "number" },
+        shareText(edge.errorShare),
+      ),
       [edge.p50Us, edge.p95Us, edge.p99Us].map((us) => h("td", { class: "number" }, duration(us))),
-      h("td", { class: "number" }, h("a", { href: this._tracesHref({ serviceName: edge.parent, remoteServiceName: edge.child }), "aria-label": `Traces with calls of ${edge.parent} to ${edge.child}` }, "Traces")),
+      h(
+        "td",
+        { class: "number" },
+        h(
+          "a",
+          {
+            href: this._tracesHref({ serviceName: edge.parent, remoteServiceName: edge.child }),
+            "aria-label": `Traces with calls of ${edge.parent} to ${edge.child}`,
+          },
+          "Traces",
+        ),
+      ),
     );
   }
 
   _serviceButton(name) {
-    return h("button", { type: "button", class: "link", onclick: () => this._choose(name) }, serviceLabel(name));
+    return h(
+      "button",
+      { type: "button", class: "link", onclick: () => this._choose(name) },
+      serviceLabel(name),
+    );
   }
 }
 
@@ -343,12 +448,26 @@ function totals({ rate, callCount, errorCount, errorShare }) {
 }
 
 function numbers(pairs) {
-  return h("dl", null, pairs.map(([name, text, failed]) => h("div", null, h("dt", null, name), h("dd", { class: failed ? "error-text" : null }, text))));
+  return h(
+    "dl",
+    null,
+    pairs.map(([name, text, failed]) =>
+      h("div", null, h("dt", null, name), h("dd", { class: failed ? "error-text" : null }, text)),
+    ),
+  );
 }
 
 function legend() {
   const item = (kind, text) => h("li", null, h("i", { class: `legend-line ${kind}` }), text);
-  return h("ul", { class: "graph-legend", "aria-label": "Colours" }, item("ok", "errors below 50 %"), item("warn", "from 50 %"), item("error", "from 75 %"), h("li", null, "width: rate"), h("li", null, "beside a line: rate · p95 · errors"));
+  return h(
+    "ul",
+    { class: "graph-legend", "aria-label": "Colours" },
+    item("ok", "errors below 50 %"),
+    item("warn", "from 50 %"),
+    item("error", "from 75 %"),
+    h("li", null, "width: rate"),
+    h("li", null, "beside a line: rate · p95 · errors"),
+  );
 }
 
 function namesIn(edges) {

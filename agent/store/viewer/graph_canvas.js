@@ -34,7 +34,11 @@ export class GraphCanvas {
     this._nodes = new Map(); // name -> element
     this._edges = new Map(); // edge -> element
 
-    this._svg = svg("svg", { class: "graph-svg", role: "group", "aria-label": "Graph of services and their calls" });
+    this._svg = svg("svg", {
+      class: "graph-svg",
+      role: "group",
+      "aria-label": "Graph of services and their calls",
+    });
     this.element = h(
       "div",
       { class: "graph-canvas" },
@@ -42,8 +46,16 @@ export class GraphCanvas {
       h(
         "div",
         { class: "graph-zoom", role: "group", "aria-label": "Zoom" },
-        h("button", { type: "button", "aria-label": "Zoom in", onclick: () => this.zoom(1.25) }, "+"),
-        h("button", { type: "button", "aria-label": "Zoom out", onclick: () => this.zoom(0.8) }, "−"),
+        h(
+          "button",
+          { type: "button", "aria-label": "Zoom in", onclick: () => this.zoom(1.25) },
+          "+",
+        ),
+        h(
+          "button",
+          { type: "button", "aria-label": "Zoom out", onclick: () => this.zoom(0.8) },
+          "−",
+        ),
         h("button", { type: "button", onclick: () => this.fit() }, "Fit"),
       ),
     );
@@ -65,9 +77,17 @@ export class GraphCanvas {
     const labelled = edges.length <= MAX_LABELS;
     this._size = drawing;
     this._edges = new Map(
-      drawing.edges.map((line) => [line.edge, this._edgeElement(line, thickness.get(line.edge), labelled)]),
+      drawing.edges.map((line) => [
+        line.edge,
+        this._edgeElement(line, thickness.get(line.edge), labelled),
+      ]),
     );
-    this._nodes = new Map(drawing.nodes.map((node) => [node.name, this._nodeElement(node, edges, node.name === chosen)]));
+    this._nodes = new Map(
+      drawing.nodes.map((node) => [
+        node.name,
+        this._nodeElement(node, edges, node.name === chosen),
+      ]),
+    );
     this._svg.classList.remove("looking");
     replace(this._svg, [...this._edges.values()], [...this._nodes.values()]);
     this.element.style.setProperty("--height", `${Math.ceil(drawing.height + SPACE)}px`);
@@ -85,7 +105,8 @@ export class GraphCanvas {
   /** Bring out an edge or a service with its edges, and dim the rest; null: nothing. */
   look(item) {
     this._svg.classList.toggle("looking", item !== null);
-    const near = (edge) => item && (edge === item.edge || edge.parent === item.name || edge.child === item.name);
+    const near = (edge) =>
+      item && (edge === item.edge || edge.parent === item.name || edge.child === item.name);
     const ends = new Set(item?.name ? [item.name] : []);
     for (const [edge, element] of this._edges) {
       element.classList.toggle("near", Boolean(near(edge)));
@@ -132,7 +153,11 @@ export class GraphCanvas {
     const line = pathOf(points, ARROW);
     return svg(
       "g",
-      { class: classes.join(" "), ...this._pressable({ edge }, () => this._onEdge(edge)), "aria-label": `${parent} calls ${child}: ${numbers}` },
+      {
+        class: classes.join(" "),
+        ...this._pressable({ edge }, () => this._onEdge(edge)),
+        "aria-label": `${parent} calls ${child}: ${numbers}`,
+      },
       svg("path", { class: "edge-hit", d: line }),
       svg("path", { class: "edge-line", d: line, "stroke-width": width }),
       svg("path", { class: "edge-arrow", d: arrowAt(points, width) }),
@@ -142,7 +167,8 @@ export class GraphCanvas {
           "text",
           { class: "edge-label", ...labelAt(points, width) },
           `${rateText(rate)} · ${duration(edge.p95Us)}`,
-          errorShare >= TOLD_SHARE && svg("tspan", { class: "edge-errors" }, ` · ${shareText(errorShare)}`),
+          errorShare >= TOLD_SHARE &&
+            svg("tspan", { class: "edge-errors" }, ` · ${shareText(errorShare)}`),
         ),
     );
   }
@@ -171,7 +197,12 @@ export class GraphCanvas {
         "svg",
         { x: 20, width: NODE_WIDTH - 26, height },
         svg("text", { class: "node-name", y: height / 2 - 3 }, short || "unknown"),
-        svg("text", { class: "node-told", y: height / 2 + 13 }, told, errors && svg("tspan", { class: "edge-errors" }, errors)),
+        svg(
+          "text",
+          { class: "node-told", y: height / 2 + 13 },
+          told,
+          errors && svg("tspan", { class: "edge-errors" }, errors),
+        ),
       ),
     );
   }

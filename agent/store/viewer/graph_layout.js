@@ -30,11 +30,24 @@ const MAX_BENDS = 5000;
  */
 export function layOut(edges) {
   const names = [...new Set(edges.flatMap(({ parent, child }) => [parent, child]))].sort();
-  const nodes = names.map((name, number) => ({ name, number, layer: 0, out: [], in: [], place: 0, y: 0 }));
+  const nodes = names.map((name, number) => ({
+    name,
+    number,
+    layer: 0,
+    out: [],
+    in: [],
+    place: 0,
+    y: 0,
+  }));
   const byName = new Map(nodes.map((node) => [node.name, node]));
 
   const lines = edges
-    .map((edge) => ({ edge, from: byName.get(edge.parent), to: byName.get(edge.child), back: false }))
+    .map((edge) => ({
+      edge,
+      from: byName.get(edge.parent),
+      to: byName.get(edge.child),
+      back: false,
+    }))
     .sort((one, other) => one.from.number - other.from.number || one.to.number - other.to.number);
   const proper = lines.filter((line) => line.from !== line.to);
   for (const line of proper) line.from.out.push(line);

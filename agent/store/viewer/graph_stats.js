@@ -41,7 +41,13 @@ export function nodeStats(edges, name) {
   const total = (some) => {
     const sum = (field) => some.reduce((before, edge) => before + edge[field], 0);
     const [callCount, errorCount] = [sum("callCount"), sum("errorCount")];
-    return { edges: some.length, callCount, errorCount, rate: sum("rate"), errorShare: callCount ? errorCount / callCount : 0 };
+    return {
+      edges: some.length,
+      callCount,
+      errorCount,
+      rate: sum("rate"),
+      errorShare: callCount ? errorCount / callCount : 0,
+    };
   };
   return {
     incoming: total(edges.filter((edge) => edge.child === name)),

@@ -17,12 +17,22 @@ export function minimap(trace, waterfall, signal) {
   const colour = h("i", { class: "hue mini-colour" });
   const element = h(
     "div",
-    { class: "minimap", "aria-hidden": "true", title: "Drag to zoom into a part of the time, double-click for all of it" },
-    colour, canvas, rangeMark, sightMark, dragMark,
+    {
+      class: "minimap",
+      "aria-hidden": "true",
+      title: "Drag to zoom into a part of the time, double-click for all of it",
+    },
+    colour,
+    canvas,
+    rangeMark,
+    sightMark,
+    dragMark,
   );
   let dragFrom = null;
 
-  new ResizeObserver((_, observer) => (signal.aborted ? observer.disconnect() : draw())).observe(element);
+  new ResizeObserver((_, observer) => (signal.aborted ? observer.disconnect() : draw())).observe(
+    element,
+  );
   const themed = new MutationObserver(draw);
   themed.observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
   signal.addEventListener("abort", () => themed.disconnect());

@@ -23,7 +23,10 @@ export function spanDetail(trace, row, { onPathUs, onSelect, onClose }) {
     "h2",
     { class: "detail-title", tabindex: "-1" },
     h("bdi", null, operation(row.last.span)),
-    status && [" ", h("span", { class: `badge ${row.failed ? "error" : statusClass(status)}` }, status)],
+    status && [
+      " ",
+      h("span", { class: `badge ${row.failed ? "error" : statusClass(status)}` }, status),
+    ],
   );
   return h(
     "div",
@@ -34,10 +37,23 @@ export function spanDetail(trace, row, { onPathUs, onSelect, onClose }) {
       h(
         "div",
         { class: "detail-who" },
-        (row.client || row.server) && row.caller !== row.service && [serviceLabel(row.caller), h("span", { class: "muted" }, "→")],
+        (row.client || row.server) &&
+          row.caller !== row.service && [
+            serviceLabel(row.caller),
+            h("span", { class: "muted" }, "→"),
+          ],
         serviceLabel(row.service),
       ),
-      h("button", { type: "button", class: "quiet detail-close", "aria-label": "Close details", onclick: onClose }, "×"),
+      h(
+        "button",
+        {
+          type: "button",
+          class: "quiet detail-close",
+          "aria-label": "Close details",
+          onclick: onClose,
+        },
+        "×",
+      ),
       title,
     ),
     remarks(row),
@@ -52,24 +68,42 @@ export function spanDetail(trace, row, { onPathUs, onSelect, onClose }) {
 function facts(trace, row, onPathUs) {
   const pairs = [
     ["Duration", row.first.durationUs ? duration(row.durationUs) : "not known"],
-    ["Starts at", row.first.timed ? `+${duration(row.first.startUs - trace.startUs)}` : "not known"],
-    ["On the critical path", onPathUs ? `${duration(onPathUs)}, ${shareText(onPathUs / (trace.root.durationUs || 1))}` : "no"],
+    [
+      "Starts at",
+      row.first.timed ? `+${duration(row.first.startUs - trace.startUs)}` : "not known",
+    ],
+    [
+      "On the critical path",
+      onPathUs
+        ? `${duration(onPathUs)}, ${shareText(onPathUs / (trace.root.durationUs || 1))}`
+        : "no",
+    ],
     ["Calls below", row.endIndex - row.index - 1],
   ];
-  return h("dl", { class: "facts" }, pairs.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))));
+  return h(
+    "dl",
+    { class: "facts" },
+    pairs.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))),
+  );
 }
 
 function remarks(row) {
   const texts = [];
   if (row.trouble === "orphan") {
-    texts.push(`Its parent, span ${row.first.span.parentId}, is not in this trace: it may not have arrived, was not sampled, or its service is not traced.`);
+    texts.push(
+      `Its parent, span ${row.first.span.parentId}, is not in this trace: it may not have arrived, was not sampled, or its service is not traced.`,
+    );
   }
   if (row.trouble === "cycle") {
-    texts.push("By its parents it is its own ancestor. It stands on top because it is the earliest of them.");
+    texts.push(
+      "By its parents it is its own ancestor. It stands on top because it is the earliest of them.",
+    );
   }
   if (row.skewUs) {
     const way = row.skewUs > 0 ? "ahead of" : "behind";
-    texts.push(`The server's clock seems to be about ${duration(Math.abs(row.skewUs))} ${way} the client's. Times are shown as they were recorded.`);
+    texts.push(
+      `The server's clock seems to be about ${duration(Math.abs(row.skewUs))} ${way} the client's. Times are shown as they were recorded.`,
+    );
   }
   if (row.nodes.some((node) => !node.timed)) {
     texts.push("It came without a time, and is shown where its parent starts.");
@@ -94,14 +128,24 @@ function timeLine(trace, row) {
     h(
       "div",
       { class: "moments-line", "aria-hidden": "true" },
-      row.nodes.map((node) => h("span", { class: "moments-bar hue", style: { "--from": share(node.startUs), "--to": share(node.endUs) } })),
+      row.nodes.map((node) =>
+        h("span", {
+          class: "moments-bar hue",
+          style: { "--from": share(node.startUs), "--to": share(node.endUs) },
+        }),
+      ),
       moments.map(({ timestamp }) => h("i", { style: { "--at": share(timestamp) } })),
     ),
     h(
       "ol",
       null,
       moments.map(({ timestamp, value }) =>
-        h("li", null, h("time", { title: clock(timestamp) }, signed(timestamp - trace.startUs)), h("bdi", null, value)),
+        h(
+          "li",
+          null,
+          h("time", { title: clock(timestamp) }, signed(timestamp - trace.startUs)),
+          h("bdi", null, value),
+        ),
       ),
     ),
   );
@@ -121,7 +165,11 @@ function linked(row, onSelect) {
         "p",
         null,
         "Parent: ",
-        h("button", { type: "button", class: "link", onclick: () => onSelect(row.parent) }, h("bdi", null, `${row.parent.service || "unknown"}: ${operation(row.parent.last.span)}`)),
+        h(
+          "button",
+          { type: "button", class: "link", onclick: () => onSelect(row.parent) },
+          h("bdi", null, `${row.parent.service || "unknown"}: ${operation(row.parent.last.span)}`),
+        ),
       ),
     ways.length > 0 &&
       h(
@@ -129,14 +177,22 @@ function linked(row, onSelect) {
         null,
         ways.map(([name, link]) => [
           h("dt", null, name, " ", h("code", { class: "badge" }, link)),
-          h("dd", null, Object.hasOwn(LINKS, link) ? LINKS[link] : "A way that this viewer does not know."),
+          h(
+            "dd",
+            null,
+            Object.hasOwn(LINKS, link) ? LINKS[link] : "A way that this viewer does not know.",
+          ),
         ]),
       ),
   );
 }
 
 function halfName(node) {
-  return { CLIENT: "Client", SERVER: "Server", PRODUCER: "Producer", CONSUMER: "Consumer" }[node.span.kind] ?? "Span";
+  return (
+    { CLIENT: "Client", SERVER: "Server", PRODUCER: "Producer", CONSUMER: "Consumer" }[
+      node.span.kind
+    ] ?? "Span"
+  );
 }
 
 function half(trace, node) {
@@ -162,7 +218,12 @@ function half(trace, node) {
         span.parentId && plain("Parent id", span.parentId, true),
         span.shared && plain("Shared", "the id is its client's"),
         plain("Name", span.name),
-        plain("Starts at", node.timed ? `${clock(span.timestamp)} (+${duration(span.timestamp - trace.startUs)})` : ""),
+        plain(
+          "Starts at",
+          node.timed
+            ? `${clock(span.timestamp)} (+${duration(span.timestamp - trace.startUs)})`
+            : "",
+        ),
         plain("Here", endpoint(span.localEndpoint)),
         plain("There", endpoint(span.remoteEndpoint)),
       ),
@@ -172,7 +233,11 @@ function half(trace, node) {
           "table",
           { class: "tags" },
           h("caption", { class: "hidden" }, `Tags of the ${halfName(node).toLowerCase()}'s span`),
-          h("tbody", null, tags.map(([key, value]) => tagLine(key, value))),
+          h(
+            "tbody",
+            null,
+            tags.map(([key, value]) => tagLine(key, value)),
+          ),
         )
       : h("p", { class: "muted small" }, "No tags."),
   );
@@ -180,7 +245,13 @@ function half(trace, node) {
 
 function plain(name, value, copied = false) {
   if (!value) return null;
-  return h("tr", null, h("th", { scope: "row" }, name), h("td", null, h("bdi", null, value)), h("td", { class: "act" }, copied && copyButton("Copy", () => value)));
+  return h(
+    "tr",
+    null,
+    h("th", { scope: "row" }, name),
+    h("td", null, h("bdi", null, value)),
+    h("td", { class: "act" }, copied && copyButton("Copy", () => value)),
+  );
 }
 
 function tagLine(key, value) {
@@ -190,7 +261,12 @@ function tagLine(key, value) {
     { class: failed ? "failed" : null },
     h("th", { scope: "row" }, h("bdi", null, key)),
     h("td", null, h("bdi", null, value)),
-    h("td", { class: "act" }, tracesLink(key, value), copyButton("Copy", () => value, `Copy ${key}`)),
+    h(
+      "td",
+      { class: "act" },
+      tracesLink(key, value),
+      copyButton("Copy", () => value, `Copy ${key}`),
+    ),
   );
 }
 
@@ -198,7 +274,16 @@ function tagLine(key, value) {
 function tracesLink(key, value) {
   if (/ and |=/.test(key) || / and /.test(value)) return null;
   const params = new URLSearchParams({ annotationQuery: value ? `${key}=${value}` : key });
-  return h("a", { class: "act-button", href: `/?${params}`, "aria-label": `Traces with this ${key}`, title: "Traces with this tag" }, "Find");
+  return h(
+    "a",
+    {
+      class: "act-button",
+      href: `/?${params}`,
+      "aria-label": `Traces with this ${key}`,
+      title: "Traces with this tag",
+    },
+    "Find",
+  );
 }
 
 function endpoint(end) {
@@ -224,7 +309,10 @@ function copyButton(text, valueOf, label = text) {
 /** Put a text into the clipboard; over plain HTTP, browsers know only the older way. */
 async function copied(text) {
   if (navigator.clipboard) {
-    return navigator.clipboard.writeText(text).then(() => true, () => false);
+    return navigator.clipboard.writeText(text).then(
+      () => true,
+      () => false,
+    );
   }
   const area = h("textarea", { class: "hidden", "aria-hidden": "true" });
   area.value = text;

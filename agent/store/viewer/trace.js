@@ -26,11 +26,11 @@ export const keys = [
 
 /** Build the page of the trace that the address names. */
 export async function show(view, url, signal) {
-  const id = decodeURIComponent(url.pathname.split("/")[2]);
+  const id = url.pathname.split("/")[2];
   state(view, "loading", "Loading the trace…");
   let spans;
   try {
-    spans = await get(`/api/v2/trace/${encodeURIComponent(id)}`, {}, signal);
+    spans = await get(`/api/v2/trace/${id}`, {}, signal);
   } catch (error) {
     if (!(error instanceof ApiError) || error.status !== 404) throw error;
     spans = [];
@@ -71,8 +71,17 @@ class TracePage {
     });
     this._minimap = minimap(trace, this._waterfall, signal);
     this._waterfall.overview.append(this._minimap.element);
-    this._detail = h("aside", { class: "detail panel", "aria-label": "Details of the call", hidden: true });
-    this._main = h("div", { class: "trace-main" }, h("div", { class: "trace-rows panel" }, this._waterfall.element), this._detail);
+    this._detail = h("aside", {
+      class: "detail panel",
+      "aria-label": "Details of the call",
+      hidden: true,
+    });
+    this._main = h(
+      "div",
+      { class: "trace-main" },
+      h("div", { class: "trace-rows panel" }, this._waterfall.element),
+      this._detail,
+    );
     this._element = h("div", { class: "trace-page" }, this._head(), this._tools(), this._main);
     signal.addEventListener("abort", () => this._close());
   }
@@ -115,9 +124,25 @@ class TracePage {
       h(
         "div",
         { class: "trace-title" },
-        h("h1", null, serviceLabel(root.service), h("bdi", null, operation(root.last.span)), status && h("span", { class: `badge ${root.failed ? "error" : statusClass(status)}` }, status)),
+        h(
+          "h1",
+          null,
+          serviceLabel(root.service),
+          h("bdi", null, operation(root.last.span)),
+          status &&
+            h("span", { class: `badge ${root.failed ? "error" : statusClass(status)}` }, status),
+        ),
         h("code", { class: "muted trace-id" }, trace.id),
-        h("a", { class: "push", href: `/api/v2/trace/${trace.id}`, download: `trace-${trace.id}.json`, target: "_blank" }, "Download JSON"),
+        h(
+          "a",
+          {
+            class: "push",
+            href: `/api/v2/trace/${trace.id}`,
+            download: `trace-${trace.id}.json`,
+            target: "_blank",
+          },
+          "Download JSON",
+        ),
       ),
       h(
         "dl",
@@ -127,11 +152,29 @@ class TracePage {
           "div",
           null,
           h("dt", null, "Errors"),
-          h("dd", null, trace.errorCount ? h("button", { type: "button", class: "link error-link", onclick: () => this._step(this._failed(), 1) }, count(trace.errorCount)) : "0"),
+          h(
+            "dd",
+            null,
+            trace.errorCount
+              ? h(
+                  "button",
+                  {
+                    type: "button",
+                    class: "link error-link",
+                    onclick: () => this._step(this._failed(), 1),
+                  },
+                  count(trace.errorCount),
+                )
+              : "0",
+          ),
         ),
       ),
       this._services(),
-      (this._notes = h("ul", { class: "trace-notes" }, this._remarks().map((text) => h("li", null, text)))),
+      (this._notes = h(
+        "ul",
+        { class: "trace-notes" },
+        this._remarks().map((text) => h("li", null, text)),
+      )),
     );
   }
 
@@ -141,9 +184,16 @@ class TracePage {
     return h(
       "ul",
       { class: "head-services", "aria-label": "Services, and their spans" },
-      services.slice(0, SERVICES_SHOWN).map(({ name, spanCount, errorCount }) =>
-        h("li", null, serviceLabel(name, count(spanCount)), errorCount > 0 && h("span", { class: "badge error" }, count(errorCount, "error"))),
-      ),
+      services
+        .slice(0, SERVICES_SHOWN)
+        .map(({ name, spanCount, errorCount }) =>
+          h(
+            "li",
+            null,
+            serviceLabel(name, count(spanCount)),
+            errorCount > 0 && h("span", { class: "badge error" }, count(errorCount, "error")),
+          ),
+        ),
       more > 0 && h("li", { class: "muted" }, `and ${count(more)} more`),
     );
   }
@@ -152,10 +202,18 @@ class TracePage {
     const { orphanCount, cycleCount, untimedCount, skewUs, rows, root } = this._trace;
     const tops = rows.filter((row) => !row.parent && !row.trouble).length;
     const remarks = [];
-    if (orphanCount) remarks.push(`${count(orphanCount, "call")} with a parent that is not in the trace.`);
-    if (cycleCount) remarks.push(`${count(cycleCount, "cycle")} of spans that are their own ancestors.`);
-    if (tops > 1) remarks.push(`${count(tops, "root")}: the critical path is that of ${root.service || "the first"}.`);
-    if (skewUs) remarks.push(`Clocks differ by up to ${duration(Math.abs(skewUs))}. Times are shown as they were recorded.`);
+    if (orphanCount)
+      remarks.push(`${count(orphanCount, "call")} with a parent that is not in the trace.`);
+    if (cycleCount)
+      remarks.push(`${count(cycleCount, "cycle")} of spans that are their own ancestors.`);
+    if (tops > 1)
+      remarks.push(
+        `${count(tops, "root")}: the critical path is that of ${root.service || "the first"}.`,
+      );
+    if (skewUs)
+      remarks.push(
+        `Clocks differ by up to ${duration(Math.abs(skewUs))}. Times are shown as they were recorded.`,
+      );
     if (untimedCount) remarks.push(`${count(untimedCount, "span")} without a time.`);
     return remarks;
   }
@@ -181,7 +239,9 @@ class TracePage {
     this._found = h("span", { class: "trace-found muted", role: "status" });
     this._pathButton = this._button("Critical path", "", () => this._togglePath());
     this._pathButton.setAttribute("aria-pressed", "true");
-    this._zoomOut = this._button("Whole trace", "", () => this._zoom(this._trace.startUs, this._trace.endUs));
+    this._zoomOut = this._button("Whole trace", "", () =>
+      this._zoom(this._trace.startUs, this._trace.endUs),
+    );
     this._zoomOut.hidden = true;
     return h(
       "div",
@@ -198,7 +258,11 @@ class TracePage {
   }
 
   _button(text, label, onclick) {
-    return h("button", { type: "button", "aria-label": label || null, title: label || null, onclick }, text);
+    return h(
+      "button",
+      { type: "button", "aria-label": label || null, title: label || null, onclick },
+      text,
+    );
   }
 
   _fieldKey(event) {
@@ -222,7 +286,9 @@ class TracePage {
     this._query = query.trim();
     this._hits = search(this._trace, this._query);
     this._waterfall.setHits(this._hits);
-    const first = this._hits.find((row) => row.index >= (this._waterfall.selected?.index ?? 0)) ?? this._hits[0];
+    const first =
+      this._hits.find((row) => row.index >= (this._waterfall.selected?.index ?? 0)) ??
+      this._hits[0];
     if (go && first) this._go(first);
     this._tellHits();
     this._noteAddress();
@@ -245,7 +311,8 @@ class TracePage {
   _step(rows, by) {
     if (!rows.length) return;
     const index = this._waterfall.selected?.index ?? -1;
-    const next = by > 0 ? rows.find((row) => row.index > index) : rows.findLast((row) => row.index < index);
+    const next =
+      by > 0 ? rows.find((row) => row.index > index) : rows.findLast((row) => row.index < index);
     this._go(next ?? rows.at(by > 0 ? 0 : -1));
   }
 
@@ -338,7 +405,8 @@ class TracePage {
     this._after("address", ADDRESS_MS, () => {
       const params = new URLSearchParams();
       const row = this._waterfall.selected;
-      if (row && (!this._detail.hidden || row !== this._trace.root)) params.set("span", row.first.span.id);
+      if (row && (!this._detail.hidden || row !== this._trace.root))
+        params.set("span", row.first.span.id);
       if (this._query) params.set("q", this._query);
       const text = params.toString();
       router.note(this._url.pathname + (text ? `?${text}` : ""));
@@ -354,7 +422,6 @@ class TracePage {
     };
     this._timers.set(what, setTimeout(done, ms));
   }
-
 }
 
 /** Return where the path runs in each row, by the clocks that its bars are drawn with. */

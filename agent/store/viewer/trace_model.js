@@ -78,7 +78,9 @@ class Row {
 
   /** The service that made the call, and the one that was called ("": not known). */
   get caller() {
-    return this.client ? this.client.service : (this.server?.span.remoteEndpoint?.serviceName ?? "");
+    return this.client
+      ? this.client.service
+      : (this.server?.span.remoteEndpoint?.serviceName ?? "");
   }
 
   get service() {
@@ -129,7 +131,7 @@ export function rowOfSpan(trace, spanId) {
 /** Return the rows that are to be seen while these rows (a Set) are collapsed. */
 export function visibleRows(rows, collapsed) {
   const visible = [];
-  for (let index = 0; index < rows.length; ) {
+  for (let index = 0; index < rows.length;) {
     const row = rows[index];
     visible.push(row);
     index = collapsed.has(row) ? row.endIndex : index + 1;

@@ -26,13 +26,17 @@ const TROUBLES = {
 };
 
 export class Waterfall {
-  /** `onSelect(row)` after a click or a key, `onOpen(row)` to see details, `onRange()`. */
+  /**
+   * `pathMarks`: row -> [[startUs, endUs], ...] on the critical path. Calls `onSelect(row)`
+   * after a click or a key, `onOpen(row, {focus})` to see details, and `onScroll()` when
+   * other rows or another range of time are in sight.
+   */
   constructor(trace, pathMarks, { onSelect, onOpen, onScroll }) {
     this.trace = trace;
     this.selected = null;
     this.collapsed = new Set();
     this.range = { fromUs: trace.startUs, toUs: trace.endUs };
-    this._pathMarks = pathMarks; // row -> [[startUs, endUs], ...]; empty: not shown
+    this._pathMarks = pathMarks;
     this._hits = new Set();
     this._onSelect = onSelect;
     this._onOpen = onOpen;
@@ -46,7 +50,12 @@ export class Waterfall {
     this._title = h("div", { class: "wf-title" }, "Service and operation");
     this._ticks = h("div", null);
     this._cursorTime = h("span", { class: "wf-cursor-time", hidden: true });
-    this._ruler = h("div", { class: "wf-ruler", "aria-hidden": "true" }, this._ticks, this._cursorTime);
+    this._ruler = h(
+      "div",
+      { class: "wf-ruler", "aria-hidden": "true" },
+      this._ticks,
+      this._cursorTime,
+    );
     this._grid = h("div", { class: "wf-grid", "aria-hidden": "true" });
     this._cursor = h("div", { class: "wf-cursor", "aria-hidden": "true", hidden: true });
     this._rows = h("div", { class: "wf-rows", role: "none" });
@@ -216,7 +225,11 @@ export class Waterfall {
     const ticks = ticksBetween(fromUs - this.trace.startUs, toUs - this.trace.startUs, most);
     this._ticks.replaceChildren(
       ...ticks.map((us) =>
-        h("span", { class: "wf-tick", style: { "--at": this._share(us + this.trace.startUs) } }, us ? duration(us) : "0"),
+        h(
+          "span",
+          { class: "wf-tick", style: { "--at": this._share(us + this.trace.startUs) } },
+          us ? duration(us) : "0",
+        ),
       ),
     );
     this._grid.replaceChildren(
@@ -271,13 +284,25 @@ export class Waterfall {
       h("span", { class: "wf-mark", "aria-hidden": "true" }),
       callerShown(row) && h("bdi", { class: "wf-caller" }, row.caller || "?", " →"),
       h("bdi", { class: "wf-service" }, row.service || "unknown"),
-      h("bdi", { class: "wf-operation", title: operation(row.last.span) }, operation(row.last.span)),
-      open === false && h("span", { class: "badge", title: `${hidden} below, collapsed` }, `+${hidden}`),
+      h(
+        "bdi",
+        { class: "wf-operation", title: operation(row.last.span) },
+        operation(row.last.span),
+      ),
+      open === false &&
+        h("span", { class: "badge", title: `${hidden} below, collapsed` }, `+${hidden}`),
       status && h("span", { class: `badge ${row.failed ? "error" : statusClass(status)}` }, status),
       row.failed && !status && h("span", { class: "badge error" }, "error"),
       trouble && h("span", { class: "badge warn", title: why }, trouble),
       row.skewUs !== 0 &&
-        h("span", { class: "badge warn", title: `The server's clock is about ${duration(Math.abs(row.skewUs))} ${row.skewUs > 0 ? "ahead" : "behind"}` }, "clock"),
+        h(
+          "span",
+          {
+            class: "badge warn",
+            title: `The server's clock is about ${duration(Math.abs(row.skewUs))} ${row.skewUs > 0 ? "ahead" : "behind"}`,
+          },
+          "clock",
+        ),
     );
   }
 
@@ -288,7 +313,13 @@ export class Waterfall {
     return h(
       "div",
       { class: "wf-time" },
-      leadUs > 0 && this._bar("connect", row.first.startUs - leadUs, row.first.startUs, `connect ${duration(leadUs)}`),
+      leadUs > 0 &&
+        this._bar(
+          "connect",
+          row.first.startUs - leadUs,
+          row.first.startUs,
+          `connect ${duration(leadUs)}`,
+        ),
       client && server && this._bar("outer", client.startUs, client.endUs),
       client && server && this._bar("inner", server.startUs, server.endUs),
       alone && this._bar(client ? "outer lone" : "inner", alone.startUs, alone.endUs),
@@ -301,7 +332,11 @@ export class Waterfall {
     const from = Math.max(0, this._share(startUs));
     const to = Math.min(1, this._share(endUs));
     if (to < 0 || from > 1) return null;
-    return h("span", { class: `wf-bar ${kind}`, title, style: { "--from": from, "--to": Math.max(from, to) } });
+    return h("span", {
+      class: `wf-bar ${kind}`,
+      title,
+      style: { "--from": from, "--to": Math.max(from, to) },
+    });
   }
 
   /** The critical path's part in a row, and its annotations: one element, however many. */
@@ -309,12 +344,22 @@ export class Waterfall {
     const path = this._pathMarks.get(row) ?? [];
     const annotations = row.nodes.flatMap((node) => node.span.annotations ?? []);
     if (!path.length && !annotations.length) return null;
-    const spans = distinct(path.map(([startUs, endUs]) => [this._step(startUs), this._step(endUs)]));
+    const spans = distinct(
+      path.map(([startUs, endUs]) => [this._step(startUs), this._step(endUs)]),
+    );
     const moments = distinct(annotations.map(({ timestamp }) => [this._step(timestamp), 0]));
     return svg(
       "svg",
-      { class: "wf-marks", viewBox: `0 0 ${MARK_STEPS} ${ROW_PX}`, preserveAspectRatio: "none", "aria-hidden": "true" },
-      svg("path", { class: "wf-path", d: spans.map(([from, to]) => `M${from} 22H${Math.max(to, from + 2)}v3H${from}z`).join("") }),
+      {
+        class: "wf-marks",
+        viewBox: `0 0 ${MARK_STEPS} ${ROW_PX}`,
+        preserveAspectRatio: "none",
+        "aria-hidden": "true",
+      },
+      svg("path", {
+        class: "wf-path",
+        d: spans.map(([from, to]) => `M${from} 22H${Math.max(to, from + 2)}v3H${from}z`).join(""),
+      }),
       svg("path", { class: "wf-moments", d: moments.map(([at]) => `M${at} 5v16`).join("") }),
     );
   }
@@ -328,9 +373,17 @@ export class Waterfall {
     const to = this._share(row.endUs);
     if (to < 0 || from > 1) {
       const left = to < 0;
-      return h("span", { class: "wf-label", style: { "--at": left ? 0 : 1 } }, left ? "◂ earlier" : "▸ later");
+      return h(
+        "span",
+        { class: "wf-label", style: { "--at": left ? 0 : 1 } },
+        left ? "◂ earlier" : "▸ later",
+      );
     }
-    const text = row.first.durationUs ? duration(row.durationUs) : row.first.timed ? "no duration" : "no time";
+    const text = row.first.durationUs
+      ? duration(row.durationUs)
+      : row.first.timed
+        ? "no duration"
+        : "no time";
     return h("span", { class: "wf-label", style: { "--at": Math.min(1, to) } }, text);
   }
 
