@@ -146,26 +146,33 @@ class Database:
         chunks = [chunk for batch in batches for chunk in batch.chunks]
         spans = sum(len(batch.spans) for batch in batches)
         expired = retention.Expired()
-        hour = hour_of(now_s)
+        error: StoreError | None = StoreError("cannot store spans: see the log")
         try:
             with self._file.writing("store spans in") as db:
                 new = ingest.insert(db, chunks, now_s, self._max_bytes)
                 for batch in batches:
-                    ingest.insert_names(db, self._names.learn(batch.spans, hour))
+                    rows = self._names.learn(batch.spans, hour_of(now_s))
+                    ingest.insert_names(db, rows)
                 if bytes_of(db)[1] > self._room_bytes:
                     # Who adds faster than the thread expires makes room himself.
                     expired = retention.expire_oldest(db, 2 * spans)
+            error = None
         except StoreError as exc:
+            error = exc
+        finally:
+            if error:
+                self._learn_again()
             for batch in batches:
-                batch.error = exc
-            with suppress(StoreError), self._file.reading() as db:
-                self._names = _names(db)
-        else:
+                batch.error = error
+                batch.done = True
+        if not error:
             self._counts.store(new, spans)
             self._counts.expire(expired)
-        finally:
-            for batch in batches:
-                batch.done = True
+
+    def _learn_again(self) -> None:
+        """Forget the names that were not stored."""
+        with suppress(StoreError), self._file.reading() as db:
+            self._names = _names(db)
 
     def trace(self, trace_id: str) -> list[ZipkinSpan]:
         """Return the trace's spans as they arrived; [] where it is not known."""

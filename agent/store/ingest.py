@@ -25,6 +25,9 @@ WORDS_TABLE = (
     "CREATE VIRTUAL TABLE words_{} USING fts5(words, content='',"
     " columnsize=0, detail=none, tokenize='ascii')"
 )
+# FTS5 merges so many pieces of an index at a time, the most it can: the fewer times is
+# each word written again.
+MERGE = "INSERT INTO words_{0} (words_{0}, rank) VALUES ('automerge', 16)"
 
 # What is known of a trace's start never changes for being told twice.
 ADD_TRACE = """
@@ -103,6 +106,7 @@ def _parts(db: Connection, part_bytes: int) -> list[int]:
     ):
         part = last_trace + 1
         db.execute(WORDS_TABLE.format(part))
+        db.execute(MERGE.format(part))
         db.execute("INSERT INTO parts (part, bytes) VALUES (?, 0)", (part,))
         parts.append(part)
     return parts

@@ -104,7 +104,8 @@ LOG_OVERDUE = 2
 # Pages given back to the file system at a time.
 SHRINK_PAGES = 256
 
-CACHE_KIB = 16 * 1024
+# Of each connection.
+CACHE_KIB = 8 * 1024
 
 
 class File:
@@ -130,6 +131,7 @@ class File:
 
     def _prepare(self, writer: sqlite3.Connection, max_bytes: int) -> None:
         """Check that the file is ours; make it so where it is empty."""
+        self._check(writer)
         (page_bytes,) = writer.execute("PRAGMA page_size").fetchone()
         log_pages = max_bytes // page_bytes // LOG_SHARE
         log_pages = min(max(log_pages, MIN_LOG_PAGES), MAX_LOG_PAGES)
@@ -143,28 +145,30 @@ class File:
             f"journal_size_limit = {self.log_limit_bytes}",
         ):
             writer.execute(f"PRAGMA {pragma}").fetchall()
-        with self.writing("open") as connection:
-            (ours,) = connection.execute("PRAGMA application_id").fetchone()
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            (objects,) = connection.execute(
-                "SELECT count(*) FROM sqlite_master"
-            ).fetchone()
-            if not objects:
+        with self.writing("open") as db:
+            if _is_empty(db):
                 for statement in SCHEMA.split(";\n"):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif ours != APPLICATION_ID:
-                raise StoreError(
-                    f"{self.path} is another program's database",
-                    "give another file with --data",
-                )
-            elif version > SCHEMA_VERSION:
-                raise StoreError(
-                    f"{self.path} was written by a newer podspan (schema {version},"
-                    f" this one knows {SCHEMA_VERSION})",
-                    "use that version, or give another file with --data",
-                )
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _check(self, db: Connection) -> None:
+        """Raise StoreError for what is not ours to write to."""
+        if _is_empty(db):
+            return
+        (application_id,) = db.execute("PRAGMA application_id").fetchone()
+        if application_id != APPLICATION_ID:
+            raise StoreError(
+                f"{self.path} is another program's database",
+                "give another file with --data",
+            )
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path} was written by a newer podspan (schema {version},"
+                f" this one knows {SCHEMA_VERSION})",
+                "use that version, or give another file with --data",
+            )
 
     @contextmanager
     def writing(self, doing: str) -> Iterator[sqlite3.Connection]:
@@ -255,6 +259,11 @@ class File:
             yield
         except sqlite3.Error as exc:
             raise StoreError(f"cannot {doing} {self.path}: {exc}", _hint(exc)) from exc
+
+
+def _is_empty(db: Connection) -> bool:
+    (objects,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return not objects
 
 
 def bytes_of(db: Connection) -> tuple[int, int]:

@@ -367,7 +367,27 @@ def make_older(path, trace_id, seconds):
         )
 
 
-def test_what_arrived_long_ago_expires_and_its_names_with_it(tmp_path):
+def test_a_name_goes_with_the_last_trace_that_may_have_it(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add([span(1, 1, "gone", tags={"gone": "1", "k": "old"})])
+        database.add([span(2, 1, "here", tags={"k": "new"})])
+    make_older(path, f"{1:016x}", 7200)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(
+            "UPDATE names SET hour = hour - 2"
+            " WHERE 'gone' IN (name, owner) OR name = 'old'"
+        )
+    with opened(path, max_age_s=3600) as database:
+        database.expire()
+        assert database.services() == ["here"]
+        assert database.tag_keys() == ["k"]
+        assert database.tag_values("k") == ["new"]
+        database.add([span(3, 1, "gone")])
+        assert database.services() == ["gone", "here"]
+
+
+def test_what_arrived_long_ago_expires(tmp_path):
     path = tmp_path / "traces.db"
     with opened(path, max_age_s=3600) as database:
         database.add([span(1, 1, "gone")])
@@ -508,8 +528,10 @@ def test_another_programs_database_is_refused(tmp_path):
     path = tmp_path / "traces.db"
     with closing(sqlite3.connect(path)) as db, db:
         db.execute("CREATE TABLE theirs (x)")
+    before = path.read_bytes()
     with pytest.raises(StoreError, match="another program"):
         open_only(path)
+    assert path.read_bytes() == before
 
 
 def test_a_newer_schema_is_refused(tmp_path):
