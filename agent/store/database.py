@@ -10,11 +10,12 @@ retention   the oldest out     names     what a person may choose from
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +26,7 @@ from podspan.agent.store.chunk import Chunk, chunks_of, packed_id, unpack
 from podspan.agent.store.edges import EdgeStats, stats_of
 from podspan.agent.store.names import Kind, Names, hour_of
 from podspan.agent.store.query import Query
-from podspan.agent.store.sqlite import Connection, File
+from podspan.agent.store.sqlite import Connection, File, bytes_of
 from podspan.agent.store.summary import Summary
 from podspan.agent.store.zipkin_v2 import ZipkinSpan
 
@@ -36,8 +37,12 @@ T = TypeVar("T")
 # How often the database's own thread looks for something to do.
 REST_S = 1.0
 
-# Traces that are settled in one transaction: some milliseconds.
-SETTLE_TRACES = 32
+# Traces that are settled in one transaction.
+SETTLE_TRACES = 256
+
+# While there is something to settle, it rests so many times as long as it works, so
+# that who adds spans is not held up.
+IDLE = 3
 
 # Expiry by size starts before the size is reached, so that it never is.
 FULL_SHARE = 0.9
@@ -53,13 +58,34 @@ class _Batch:
     error: StoreError | None = None
 
 
-@dataclass(slots=True)
 class _Counts:
-    spans: int
-    traces: int
-    expired_spans: int = 0
-    expired_traces: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    """How much there is, and since the start how much expired."""
+
+    def __init__(self, spans: int, traces: int) -> None:
+        self._lock = threading.Lock()
+        self._spans = spans
+        self._traces = traces
+        self._expired = retention.Expired()
+
+    def store(self, new_traces: int, spans: int) -> None:
+        with self._lock:
+            self._traces += new_traces
+            self._spans += spans
+
+    def expire(self, removed: retention.Expired) -> None:
+        with self._lock:
+            self._traces -= removed.traces
+            self._spans -= removed.spans
+            self._expired += removed
+
+    def as_dict(self) -> dict[str, int]:
+        with self._lock:
+            return {
+                "spans": self._spans,
+                "traces": self._traces,
+                "expired_spans": self._expired.spans,
+                "expired_traces": self._expired.traces,
+            }
 
 
 class Database:
@@ -73,12 +99,14 @@ class Database:
         self._max_age_s = max_age_s
         self._max_bytes = max_bytes
         self._file = File(path, max_bytes=max_bytes)
+        self._room_bytes = int(max_bytes * FULL_SHARE) - self._file.log_limit_bytes
         self._pending: list[_Batch] = []
         self._pending_lock = threading.Lock()
         self._turn = threading.Lock()  # to commit what is pending
         try:
             with self._file.reading() as db:
                 self._names = _names(db)
+                self._names_since = 0  # the hour
                 self._counts = _Counts(
                     *db.execute(
                         "SELECT coalesce(sum(spans), 0), count(*) FROM traces"
@@ -116,24 +144,35 @@ class Database:
     def _commit(self, batches: Sequence[_Batch]) -> None:
         now_s = time.time()
         chunks = [chunk for batch in batches for chunk in batch.chunks]
-        hour = hour_of(now_s)
+        spans = sum(len(batch.spans) for batch in batches)
+        expired = retention.Expired()
+        error: StoreError | None = StoreError("cannot store spans: see the log")
         try:
             with self._file.writing("store spans in") as db:
-                new = ingest.insert(db, chunks, now_s)
+                new = ingest.insert(db, chunks, now_s, self._max_bytes)
                 for batch in batches:
-                    ingest.insert_names(db, self._names.learn(batch.spans, hour))
+                    rows = self._names.learn(batch.spans, hour_of(now_s))
+                    ingest.insert_names(db, rows)
+                if bytes_of(db)[1] > self._room_bytes:
+                    # Who adds faster than the thread expires makes room himself.
+                    expired = retention.expire_oldest(db, 2 * spans)
+            error = None
         except StoreError as exc:
-            for batch in batches:
-                batch.error = exc
-            with suppress(StoreError), self._file.reading() as db:
-                self._names = _names(db)
-        else:
-            with self._counts.lock:
-                self._counts.traces += new
-                self._counts.spans += sum(len(batch.spans) for batch in batches)
+            error = exc
         finally:
+            if error:
+                self._learn_again()
             for batch in batches:
+                batch.error = error
                 batch.done = True
+        if not error:
+            self._counts.store(new, spans)
+            self._counts.expire(expired)
+
+    def _learn_again(self) -> None:
+        """Forget the names that were not stored."""
+        with suppress(StoreError), self._file.reading() as db:
+            self._names = _names(db)
 
     def trace(self, trace_id: str) -> list[ZipkinSpan]:
         """Return the trace's spans as they arrived; [] where it is not known."""
@@ -155,7 +194,7 @@ class Database:
 
     def _search(self, query: Query, read: Callable[[Connection, int], T]) -> list[T]:
         with self._file.reading() as db:
-            found = islice(search.found(db, query), query.limit)
+            found = islice(search.found(db, query), min(query.limit, sys.maxsize))
             return [read(db, trace) for trace in found]
 
     def services(self) -> list[str]:
@@ -193,9 +232,9 @@ class Database:
 
     def links(self, end_ts_ms: int, lookback_ms: int) -> list[EdgeStats]:
         """Return who called whom in the traces that started in the window, by name."""
-        first_us = (end_ts_ms - lookback_ms) * 1000
+        window = Query(end_ts_ms, lookback_ms)
         with self._file.reading() as db:
-            return stats_of(settle.tallies(db, first_us, end_ts_ms * 1000))
+            return stats_of(settle.tallies(db, window.first_us, window.last_us))
 
     def tail(self, after: int | None, limit: int) -> tuple[int, list[ZipkinSpan], int]:
         """Return (cursor, spans, skipped): what arrived after a cursor, in its order.
@@ -218,78 +257,77 @@ class Database:
 
     def counts(self) -> dict[str, int]:
         """Return how much there is, and since the start how much expired."""
-        counts = self._counts
-        with counts.lock:
-            result = {
-                "spans": counts.spans,
-                "traces": counts.traces,
-                "expired_spans": counts.expired_spans,
-                "expired_traces": counts.expired_traces,
-            }
-        return {**result, "bytes": self._file.bytes_on_disk()}
+        return {**self._counts.as_dict(), "bytes": self._file.bytes_on_disk()}
 
     def expire(self) -> None:
         """Remove the oldest traces until age and size are as they should be."""
         cutoff_s = time.time() - self._max_age_s
-        removed = 0
         while self._expire_step(lambda db: retention.expire_older(db, cutoff_s)):
-            removed += 1
-        while self._too_large() and self._expire_step(retention.expire_oldest):
-            removed += 1
-        if removed:
-            self._forget_names()
-        while self._file.bytes_on_disk() > self._max_bytes * FULL_SHARE:
-            with self._file.writing("shrink") as db:
-                if not retention.shrink(db):
-                    break
+            pass
+        while self._bytes()[1] > self._room_bytes:
+            if not self._expire_step(retention.expire_oldest):
+                break
+        self._forget_names()
+        total, used = self._bytes()
+        while total > max(self._room_bytes, used):
+            self._file.shrink()
+            total, used = self._bytes()
+        self._file.truncate_log()
 
     def _expire_step(self, remove: Callable[[Connection], retention.Expired]) -> bool:
         """Remove a few traces; tell whether there were any."""
         with self._file.writing("expire traces in") as db:
             expired = remove(db)
-        counts = self._counts
-        with counts.lock:
-            counts.traces -= expired.traces
-            counts.spans -= expired.spans
-            counts.expired_traces += expired.traces
-            counts.expired_spans += expired.spans
+        self._counts.expire(expired)
         return expired.traces > 0
 
-    def _too_large(self) -> bool:
+    def _bytes(self) -> tuple[int, int]:
         with self._file.reading() as db:
-            return self._file.bytes_used(db) > self._max_bytes * FULL_SHARE
+            return bytes_of(db)
 
     def _forget_names(self) -> None:
+        """Forget the names that are older than every trace; once an hour, perhaps."""
+        with self._file.reading() as db:
+            oldest = db.execute("SELECT arrived_s FROM traces ORDER BY no LIMIT 1")
+            (arrived_s,) = oldest.fetchone() or (time.time(),)
+        hour = hour_of(arrived_s)
+        if hour == self._names_since:
+            return
         with self._turn, self._file.writing("expire names in") as db:
-            oldest_s = db.execute(
-                "SELECT arrived_s FROM traces ORDER BY no LIMIT 1"
-            ).fetchone()
-            hour = hour_of(oldest_s[0] if oldest_s else time.time())
             db.execute("DELETE FROM names WHERE hour < ?", (hour,))
             self._names.forget(hour)
+        self._names_since = hour
 
     def settle(self, quiet_s: float = settle.QUIET_S) -> None:
-        """Work out the links of the traces to which nothing came for that long."""
-        while not self._closing.is_set():
-            with self._file.reading() as db:
-                settled = settle.work_out(db, time.time() - quiet_s, SETTLE_TRACES)
-            if not settled:
-                return
+        """Work out the links of all traces to which nothing came for that long."""
+        while self._settle_step(quiet_s):
+            pass
+
+    def _settle_step(self, quiet_s: float) -> bool:
+        """Settle a few traces; tell whether there were any."""
+        with self._file.reading() as db:
+            settled = settle.work_out(db, time.time() - quiet_s, SETTLE_TRACES)
+        if settled:
             with self._file.writing("store links in") as db:
                 settle.record(db, settled)
+        return bool(settled)
 
     def _keep_house(self) -> None:
         """Settle and expire, until `close`; trouble is told once, then tried again."""
         trouble = ""
-        while not self._closing.wait(REST_S):
+        rest_s = REST_S
+        while not self._closing.wait(rest_s):
+            begun_s = time.monotonic()
+            rest_s = REST_S
             try:
-                self.settle()
                 self.expire()
+                if self._settle_step(settle.QUIET_S):
+                    rest_s = IDLE * (time.monotonic() - begun_s)
                 trouble = ""
             except StoreError as exc:
                 if str(exc) != trouble:
                     trouble = str(exc)
-                    log.warning("store: %s", trouble)
+                    log.warning("%s", trouble)
 
     def close(self) -> None:
         """End the thread, and close the file; once more does nothing."""

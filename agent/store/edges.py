@@ -30,20 +30,22 @@ class Tally:
     errors: int = 0
     durations: Counter[int] = field(default_factory=Counter)  # microseconds: calls
 
-    def add(self, link: Link) -> None:
-        """Count the calls of one trace."""
-        self.calls += link.calls
-        self.errors += link.errors
-        self.durations.update(link.durations_us)
+    def add(self, link: Link, times: int = 1) -> None:
+        """Count the calls of one trace; `times` -1 takes them out."""
+        self.calls += times * link.calls
+        self.errors += times * link.errors
+        for duration_us in link.durations_us:
+            self.durations[duration_us] += times
 
 
-Tallies = dict[tuple[str, str], Tally]
+Edge = tuple[str, str]  # parent, child
+Tallies = dict[Edge, Tally]
 
 
-def add_links(tallies: Tallies, links: Iterable[Link]) -> None:
-    """Count the links of one trace."""
+def add_links(tallies: Tallies, links: Iterable[Link], times: int = 1) -> None:
+    """Count the links of one trace; `times` -1 takes them out."""
     for link in links:
-        tallies.setdefault((link.parent, link.child), Tally()).add(link)
+        tallies.setdefault((link.parent, link.child), Tally()).add(link, times)
 
 
 def stats_of(tallies: Tallies) -> list[EdgeStats]:

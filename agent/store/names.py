@@ -6,7 +6,7 @@ oldest trace is younger.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
 
 from podspan.agent.store.query import service_at
@@ -31,6 +31,8 @@ class Kind(IntEnum):
 
 Row = tuple[Kind, str, str, int]  # kind, owner, name, hour
 
+_NOTHING: Mapping[str, int] = {}
+
 
 def hour_of(time_s: float) -> int:
     """Return the hour since 1970."""
@@ -38,60 +40,64 @@ def hour_of(time_s: float) -> int:
 
 
 class Names:
-    """All names that are known."""
+    """All names that are known, each with the hour in which it was seen last."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self._known: dict[tuple[Kind, str], dict[str, int]] = {}
-        self._tags: set[str] = set()
+        self._open_tags: dict[str, int] = {}
+        self._values: dict[str, dict[str, int]] = {}  # by tag
+        self._others: dict[tuple[Kind, str], dict[str, int]] = {}
         for kind, owner, name, hour in rows:
-            self._known.setdefault((Kind(kind), owner), {})[name] = hour
-            if kind == Kind.VALUE:
-                self._tags.add(owner)
+            self._all(kind, owner)[name] = hour
 
     def learn(self, spans: Iterable[ZipkinSpan], hour: int) -> Iterator[Row]:
         """Return what is new, or new in this hour."""
         for span in spans:
             if service := service_at(span, "local"):
                 yield from self._see(Kind.SERVICE, "", service, hour)
-                if name := span.get("name"):
-                    yield from self._see(Kind.SPAN, service, name, hour)
-                if remote := service_at(span, "remote"):
-                    yield from self._see(Kind.REMOTE, service, remote, hour)
+                yield from self._see(Kind.SPAN, service, span.get("name", ""), hour)
+                remote = service_at(span, "remote")
+                yield from self._see(Kind.REMOTE, service, remote, hour)
             for key, text in span.get("tags", {}).items():
-                yield from self._see_tag(key, text, hour)
+                # Nearly always one of these.
+                if self._open_tags.get(key) == hour:
+                    continue
+                if self._values.get(key, _NOTHING).get(text) != hour:
+                    yield from self._see_tag(key, text, hour)
 
     def forget(self, hour: int) -> None:
         """Forget what was not seen since that hour began."""
-        for (kind, owner), known in self._known.items():
-            kept = {name: seen for name, seen in known.items() if seen >= hour}
-            if len(kept) < len(known):
-                known.clear()
-                known.update(kept)
-                if kind == Kind.VALUE and not kept:
-                    self._tags.discard(owner)
+        for names in (self._open_tags, *self._values.values(), *self._others.values()):
+            for name in [name for name, seen in names.items() if seen < hour]:
+                del names[name]
+        self._values = {key: values for key, values in self._values.items() if values}
+        self._others = {key: names for key, names in self._others.items() if names}
+
+    def _all(self, kind: Kind, owner: str) -> dict[str, int]:
+        """Return the names of a kind that the owner has."""
+        if kind == Kind.OPEN_TAG:
+            return self._open_tags
+        if kind == Kind.VALUE:
+            return self._values.setdefault(owner, {})
+        return self._others.setdefault((kind, owner), {})
 
     def _see(self, kind: Kind, owner: str, name: str, hour: int) -> Iterator[Row]:
-        known = self._known.setdefault((kind, owner), {})
-        if known.get(name, -1) >= hour or len(name) > MAX_NAME_CHARS:
+        if not name:
             return
-        if name in known or len(known) < MAX_NAMES:
-            known[name] = hour
-            yield kind, owner, name, hour
+        known = self._all(kind, owner)
+        seen = known.get(name)
+        if seen == hour or (seen is None and not _has_room(known, name)):
+            return
+        known[name] = hour
+        yield kind, owner, name, hour
 
     def _see_tag(self, key: str, text: str, hour: int) -> Iterator[Row]:
-        opened = self._known.setdefault((Kind.OPEN_TAG, ""), {})
-        if key in opened:
+        values = self._values.get(key)
+        if key in self._open_tags or (values and len(values) >= MAX_NAMES):
+            self._values.pop(key, None)
             yield from self._see(Kind.OPEN_TAG, "", key, hour)
-            return
-        if key not in self._tags:
-            if len(self._tags) >= MAX_TAGS or len(key) > MAX_NAME_CHARS:
-                return
-            self._tags.add(key)
-        values = self._known.setdefault((Kind.VALUE, key), {})
-        if text not in values and len(values) >= MAX_NAMES:
-            yield from self._see(Kind.OPEN_TAG, "", key, hour)
-            if key in opened:
-                values.clear()
-                self._tags.discard(key)
-            return
-        yield from self._see(Kind.VALUE, key, text, hour)
+        elif values or _has_room(self._values, key, MAX_TAGS):
+            yield from self._see(Kind.VALUE, key, text, hour)
+
+
+def _has_room(known: Mapping[str, object], name: str, most: int = MAX_NAMES) -> bool:
+    return len(known) < most and len(name) <= MAX_NAME_CHARS

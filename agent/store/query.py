@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from podspan.agent.store.zipkin_v2 import ZipkinSpan
+from podspan.agent.store.zipkin_v2 import MAX_INTEGER, ZipkinSpan
 
 # Zipkin's viewer offers this as a span's name, and means any.
 ANY_SPAN = "all"
@@ -62,12 +62,12 @@ class Query:
     @property
     def first_us(self) -> int:
         """The earliest start of a trace that is asked for."""
-        return (self.end_ts_ms - self.lookback_ms) * 1000
+        return max((self.end_ts_ms - self.lookback_ms) * 1000, 0)
 
     @property
     def last_us(self) -> int:
         """The latest start of a trace that is asked for."""
-        return self.end_ts_ms * 1000
+        return min(self.end_ts_ms * 1000, MAX_INTEGER)
 
 
 def parse_annotation_query(text: str) -> dict[str, str]:

@@ -7,16 +7,12 @@ incident of last month, replayed today, is to be looked at today.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-from podspan.agent.store.ingest import part_of
 from podspan.agent.store.sqlite import Connection
 
-# Traces or chunks of one step.
-STEP_TRACES = 100
-STEP_CHUNKS = 500
-
-# Pages given back to the file system in one step.
-STEP_PAGES = 256
+# A step ends with the trace that makes so many spans, some milliseconds.
+STEP_SPANS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,60 +22,48 @@ class Expired:
     traces: int = 0
     spans: int = 0
 
+    def __add__(self, other: Expired) -> Expired:
+        return Expired(self.traces + other.traces, self.spans + other.spans)
+
 
 def expire_older(db: Connection, arrived_before_s: float) -> Expired:
     """Remove some of the traces that arrived before; Expired() when there are none."""
-    old = [trace for trace, arrived_s in _oldest(db) if arrived_s < arrived_before_s]
-    return _remove(db, old)
+    return _remove(db, STEP_SPANS, arrived_before_s)
 
 
-def expire_oldest(db: Connection) -> Expired:
-    """Remove some of the traces that arrived first."""
-    return _remove(db, [trace for trace, _ in _oldest(db)])
+def expire_oldest(db: Connection, spans: int = STEP_SPANS) -> Expired:
+    """Remove the traces that arrived first, until so many spans are gone."""
+    return _remove(db, spans)
 
 
-def shrink(db: Connection) -> bool:
-    """Give some of the free pages back; False when there are none."""
-    db.execute(f"PRAGMA incremental_vacuum({STEP_PAGES})").fetchall()
-    (free,) = db.execute("PRAGMA freelist_count").fetchone()
-    return bool(free)
-
-
-def _oldest(db: Connection) -> list[tuple[int, int]]:
-    return db.execute(
-        "SELECT no, arrived_s FROM traces ORDER BY no LIMIT ?", (STEP_TRACES,)
-    ).fetchall()
-
-
-def _remove(db: Connection, traces: list[int]) -> Expired:
+def _remove(
+    db: Connection, spans: int, arrived_before_s: float = float("inf")
+) -> Expired:
     """Remove traces with all they have, and the parts that have none left."""
     removed = Expired()
-    for trace in traces:
-        (spans,) = db.execute(
-            "DELETE FROM traces WHERE no = ? RETURNING spans", (trace,)
+    while removed.spans < spans:
+        oldest = db.execute(
+            "SELECT no, spans, arrived_s FROM traces ORDER BY no LIMIT 1"
         ).fetchone()
-        gone = db.execute("DELETE FROM chunks WHERE trace = ?", (trace,)).rowcount
-        db.execute("DELETE FROM unsettled WHERE trace = ?", (trace,))
-        removed = Expired(removed.traces + 1, removed.spans + spans)
-        if gone > STEP_CHUNKS:
+        if oldest is None or oldest[2] >= arrived_before_s:
             break
+        trace, trace_spans, _ = oldest
+        db.execute("DELETE FROM traces WHERE no = ?", (trace,))
+        db.execute("DELETE FROM chunks WHERE trace = ?", (trace,))
+        db.execute("DELETE FROM unsettled WHERE trace = ?", (trace,))
+        removed += Expired(1, trace_spans)
     if removed.traces:
         _drop_empty_parts(db)
     return removed
 
 
 def _drop_empty_parts(db: Connection) -> None:
-    """Drop the parts whose traces are all gone."""
-    oldest = db.execute("SELECT min(no) FROM traces").fetchone()[0]
-    if oldest is None:
-        # New traces still go into the last part.
-        oldest = db.execute(
-            "SELECT seq + 1 FROM sqlite_sequence WHERE name = 'traces'"
-        ).fetchone()[0]
-    part = part_of(oldest)
-    for (empty,) in db.execute(
-        "SELECT part FROM parts WHERE part < ?", (part,)
-    ).fetchall():
-        db.execute(f"DROP TABLE words_{empty}")
-        db.execute("DELETE FROM parts WHERE part = ?", (empty,))
-        db.execute("DELETE FROM edges WHERE part = ?", (empty,))
+    """Drop the parts whose traces are all gone, except the last, which has yet room."""
+    (oldest,) = db.execute("SELECT min(no) FROM traces").fetchone()
+    parts = [part for (part,) in db.execute("SELECT part FROM parts ORDER BY part")]
+    for part, following in pairwise(parts):
+        if oldest is not None and following > oldest:
+            break
+        db.execute(f"DROP TABLE words_{part}")
+        db.execute("DELETE FROM parts WHERE part = ?", (part,))
+        db.execute("DELETE FROM edges WHERE part = ?", (part,))

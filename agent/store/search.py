@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from heapq import heappop, heappush
 
-from podspan.agent.store.chunk import unpack
+from podspan.agent.store.chunk import has_duration, unpack
 from podspan.agent.store.query import Query, conditions, unmet
 from podspan.agent.store.sqlite import Connection
-from podspan.agent.store.terms import alternatives
+from podspan.agent.store.terms import alternatives, text_of
 from podspan.agent.store.zipkin_v2 import ZipkinSpan
 
 BY_START = """
@@ -34,6 +34,8 @@ def found(db: Connection, query: Query) -> Iterator[int]:
             yield trace
         return
     for trace in _candidates(db, query):
+        if not _may_last(db, query, trace):
+            continue
         left = wanted
         for spans in chunks(db, trace):
             left = unmet(left, spans)
@@ -60,7 +62,10 @@ def _candidates(db: Connection, query: Query) -> Iterator[int]:
 
     A part is only asked when what the parts before it gave does not come first.
     """
-    expression = match_expression(alternatives(query))
+    wanted = alternatives(query)
+    if not all(wanted):
+        return
+    expression = _match_expression(wanted)
     waiting: list[tuple[int, int]] = []  # a heap, of what sorts last negated
     window = query.first_us, query.last_us
     for part, last_us in db.execute(PARTS, window).fetchall():
@@ -73,8 +78,25 @@ def _candidates(db: Connection, query: Query) -> Iterator[int]:
         yield -heappop(waiting)[1]
 
 
-def match_expression(wanted: list[list[str]]) -> str:
+def _may_last(db: Connection, query: Query, trace: int) -> bool:
+    """Tell whether the trace may have a duration that is asked for.
+
+    Durations have a word for many, so that here alone the words are often wrong; and a
+    trace of many spans, which has all the words, takes long to read.
+    """
+    if query.min_duration_us is None:
+        return True
+    asked = query.service, query.min_duration_us, query.max_duration_us
+    return any(
+        durations is None or has_duration(durations, *asked)
+        for (durations,) in db.execute(
+            "SELECT durations FROM chunks WHERE trace = ?", (trace,)
+        )
+    )
+
+
+def _match_expression(wanted: list[list[int]]) -> str:
     """Return FTS5's expression for a word of each list."""
     return " AND ".join(
-        "(" + " OR ".join(f'"{word}"' for word in words) + ")" for words in wanted
+        "(" + text_of(words).replace(" ", " OR ") + ")" for words in wanted
     )

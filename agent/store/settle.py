@@ -8,15 +8,14 @@ worked out again from the chunks it had, and put in anew.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import orjson
 from podspan.agent.store.chunk import unpack
-from podspan.agent.store.edges import Tallies, Tally, add_links
-from podspan.agent.store.ingest import part_of
-from podspan.agent.store.linker import link_trace
+from podspan.agent.store.edges import Edge, Tallies, Tally, add_links
+from podspan.agent.store.linker import Link, link_trace
 from podspan.agent.store.logscale import bucket_of, middle_of
 from podspan.agent.store.query import start_us
 from podspan.agent.store.search import spans_of
@@ -27,11 +26,10 @@ from podspan.agent.store.zipkin_v2 import ZipkinSpan, merge
 # A trace is settled when nothing came for so long.
 QUIET_S = 5.0
 
-# The sums are kept by the minute.
-SLOT_US = 60 * 1_000_000
-
-# What is counted of an edge, besides the buckets of durations.
-CALLS, ERRORS = -1, -2
+# The sums are kept by the minute, and by the hour for windows of days.
+MINUTE_US = 60 * 1_000_000
+HOUR_US = 60 * MINUTE_US
+WIDTHS_US = (MINUTE_US, HOUR_US)
 
 # Summaries of larger traces are kept.
 SUMMARY_SPANS = 200
@@ -39,26 +37,27 @@ SUMMARY_SPANS = 200
 # So many traces in a window are counted one by one, to the microsecond.
 EXACT_TRACES = 1000
 
-UNSETTLED_SQL = """
+UNSETTLED = """
 SELECT unsettled.trace, unsettled.upto, traces.linked_upto
 FROM unsettled JOIN traces ON traces.no = unsettled.trace
 WHERE unsettled.seen_s <= ? ORDER BY unsettled.trace LIMIT ?
 """
-ADD_COUNT = """
-INSERT INTO edges (part, slot, parent, child, what, count) VALUES (?, ?, ?, ?, ?, ?)
-ON CONFLICT DO UPDATE SET count = count + excluded.count
+NEVER_SETTLED = """
+SELECT traces.no FROM unsettled JOIN traces ON traces.no = unsettled.trace
+WHERE traces.linked_upto = 0 AND traces.start_us BETWEEN ? AND ? LIMIT ?
 """
 SUMS = """
-SELECT parents.name, children.name, sums.what, sums.count FROM (
-    SELECT parent, child, what, sum(count) AS count FROM edges
-    WHERE part IN (SELECT part FROM parts) AND slot BETWEEN ? AND ?
-    GROUP BY parent, child, what HAVING sum(count) > 0
-) AS sums
+SELECT parents.name, children.name, calls, errors, durations FROM edges
 JOIN services AS parents ON parents.no = parent
 JOIN services AS children ON children.no = child
+WHERE part IN (SELECT part FROM parts) AND width_us = ? AND slot BETWEEN ? AND ?
 """
+PART_OF = "SELECT max(part) FROM parts WHERE part <= ?"
+PLACE = "part = ? AND width_us = ? AND slot = ? AND parent = ? AND child = ?"
+GET_SUM = f"SELECT calls, errors, durations FROM edges WHERE {PLACE}"  # noqa: S608
+SET_SUM = "INSERT OR REPLACE INTO edges VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
-Key = tuple[int, int, str, str, int]  # part, slot, parent, child, what
+Slot = tuple[int, int, int]  # part, width_us, slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,57 +66,55 @@ class Settled:
 
     trace: int
     upto: int
-    counts: Counter[Key]
+    links: list[Link]
+    start_us: int | None
+    counted_links: list[Link]  # what it added when it was settled before
+    counted_start_us: int | None
     summary: bytes | None
 
 
 def work_out(db: Connection, seen_before_s: float, at_most: int) -> list[Settled]:
     """Read quiet traces that are not settled, and work out what they add."""
-    rows = db.execute(UNSETTLED_SQL, (seen_before_s, at_most)).fetchall()
+    rows = db.execute(UNSETTLED, (seen_before_s, at_most)).fetchall()
     return [_work_out(db, *row) for row in rows]
 
 
-def record(db: Connection, settled: Sequence[Settled]) -> None:
+def record(db: Connection, settled: Iterable[Settled]) -> None:
     """Store what was worked out, except of traces that changed meanwhile."""
-    counts: Counter[Key] = Counter()
+    changes: dict[Slot, Tallies] = {}
     for trace in settled:
-        still = db.execute(
+        unchanged = db.execute(
             "DELETE FROM unsettled WHERE trace = ? AND upto = ?",
             (trace.trace, trace.upto),
+        ).rowcount
+        if not unchanged:
+            continue
+        db.execute(
+            "UPDATE traces SET linked_upto = ?, summary = ? WHERE no = ?",
+            (trace.upto, trace.summary, trace.trace),
         )
-        if still.rowcount:
-            # Not update(), which adds, too, but += would drop what is taken out.
-            counts.update(trace.counts)
-            db.execute(
-                "UPDATE traces SET linked_upto = ?, summary = ? WHERE no = ?",
-                (trace.upto, trace.summary, trace.trace),
-            )
-    services: dict[str, int] = {}
-    for (part, slot, parent, child, what), count in counts.items():
-        if count:
-            numbers = [_service_no(db, services, name) for name in (parent, child)]
-            db.execute(ADD_COUNT, (part, slot, *numbers, what, count))
+        (part,) = db.execute(PART_OF, (trace.trace,)).fetchone()
+        for slot in _slots_of(part, trace.counted_start_us):
+            add_links(changes.setdefault(slot, {}), trace.counted_links, -1)
+        for slot in _slots_of(part, trace.start_us):
+            add_links(changes.setdefault(slot, {}), trace.links)
+    _change_sums(db, changes)
 
 
 def tallies(db: Connection, first_us: int, last_us: int) -> Tallies:
     """Return the calls of all traces that started in the window.
 
-    Where these are many, to the minute, and without the latest few seconds' beyond
-    EXACT_TRACES traces.
+    Where these are many, to the minute, and of those not settled some only.
     """
-    window = first_us, last_us
     result: Tallies = {}
     few = db.execute(
         "SELECT no FROM traces WHERE start_us BETWEEN ? AND ? LIMIT ?",
-        (*window, EXACT_TRACES + 1),
+        (first_us, last_us, EXACT_TRACES + 1),
     ).fetchall()
     if len(few) > EXACT_TRACES:
-        _add_sums(db, result, window)
-        few = db.execute(
-            "SELECT no FROM unsettled JOIN traces ON no = trace"
-            " WHERE linked_upto = 0 AND start_us BETWEEN ? AND ? LIMIT ?",
-            (*window, EXACT_TRACES),
-        ).fetchall()
+        for width_us, first, last in _cover(first_us, last_us):
+            _add_sums(db, result, width_us, first, last)
+        few = db.execute(NEVER_SETTLED, (first_us, last_us, EXACT_TRACES)).fetchall()
     for (trace,) in few:
         add_links(result, link_trace(merge(spans_of(db, trace))))
     return result
@@ -125,45 +122,70 @@ def tallies(db: Connection, first_us: int, last_us: int) -> Tallies:
 
 def summary_of(db: Connection, trace: int) -> Summary:
     """Return the trace's summary: as kept, or made now."""
-    (kept,) = db.execute("SELECT summary FROM traces WHERE no = ?", (trace,)).fetchone()
-    return _summary(kept) if kept else summarise(merge(spans_of(db, trace)))
+    row = db.execute(
+        "SELECT summary FROM traces WHERE no = ? AND NOT EXISTS"
+        " (SELECT * FROM unsettled WHERE trace = no)",
+        (trace,),
+    ).fetchone()
+    if row and row[0]:
+        return _read_summary(row[0])
+    return summarise(merge(spans_of(db, trace)))
 
 
 def _work_out(db: Connection, trace: int, upto: int, linked_upto: int) -> Settled:
-    before: list[ZipkinSpan] = []
-    now: list[ZipkinSpan] = []
+    counted: list[ZipkinSpan] = []
+    spans: list[ZipkinSpan] = []
     for chunk_upto, payload in db.execute(
         "SELECT upto, payload FROM chunks WHERE trace = ? ORDER BY upto", (trace,)
     ):
-        spans = unpack(payload)
-        now += spans
+        spans += unpack(payload)
         if chunk_upto <= linked_upto:
-            before += spans
-    merged = merge(now)
-    counts = _counts(trace, now, merged)
-    if before:
-        counts.subtract(_counts(trace, before, merge(before)))
-    large = len(now) > SUMMARY_SPANS
-    summary = orjson.dumps(asdict(summarise(merged))) if large else None
-    return Settled(trace, upto, counts, summary)
+            counted = spans.copy()
+    merged = merge(spans)
+    large = len(spans) > SUMMARY_SPANS
+    return Settled(
+        trace=trace,
+        upto=upto,
+        links=link_trace(merged),
+        start_us=start_us(spans),
+        counted_links=link_trace(merge(counted)) if counted else [],
+        counted_start_us=start_us(counted),
+        summary=orjson.dumps(asdict(summarise(merged))) if large else None,
+    )
 
 
-def _counts(
-    trace: int, arrived: Sequence[ZipkinSpan], merged: Sequence[ZipkinSpan]
-) -> Counter[Key]:
-    """Return what to add to the sums; nothing for a trace without a time."""
-    counts: Counter[Key] = Counter()
-    started_us = start_us(arrived)
+def _slots_of(part: int, started_us: int | None) -> list[Slot]:
+    """Return where a trace is counted; one without a time nowhere."""
     if started_us is None:
-        return counts
-    place = part_of(trace), started_us // SLOT_US
-    for link in link_trace(merged):
-        edge = *place, link.parent, link.child
-        counts[*edge, CALLS] += link.calls
-        counts[*edge, ERRORS] += link.errors
-        for duration_us in link.durations_us:
-            counts[*edge, bucket_of(duration_us)] += 1
-    return counts
+        return []
+    return [(part, width_us, started_us // width_us) for width_us in WIDTHS_US]
+
+
+def _cover(first_us: int, last_us: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (width, first slot, last slot): whole hours, and minutes around them."""
+    first_hour, end_hour = -(-first_us // HOUR_US), (last_us + 1) // HOUR_US
+    first_minute, last_minute = first_us // MINUTE_US, last_us // MINUTE_US
+    if first_hour >= end_hour:
+        yield MINUTE_US, first_minute, last_minute
+        return
+    minutes = HOUR_US // MINUTE_US
+    yield MINUTE_US, first_minute, first_hour * minutes - 1
+    yield HOUR_US, first_hour, end_hour - 1
+    yield MINUTE_US, end_hour * minutes, last_minute
+
+
+def _change_sums(db: Connection, changes: dict[Slot, Tallies]) -> None:
+    numbers: dict[str, int] = {}
+    for slot, tallies_ in changes.items():
+        for edge, change in tallies_.items():
+            place = *slot, *(_service_no(db, numbers, name) for name in edge)
+            row = db.execute(GET_SUM, place).fetchone()
+            calls, errors, buckets = _read_sum(*row) if row else (0, 0, Counter())
+            for duration_us, count in change.durations.items():
+                buckets[bucket_of(duration_us)] += count
+            durations = [number for item in (+buckets).items() for number in item]
+            calls, errors = calls + change.calls, errors + change.errors
+            db.execute(SET_SUM, (*place, calls, errors, orjson.dumps(durations)))
 
 
 def _service_no(db: Connection, known: dict[str, int], name: str) -> int:
@@ -174,19 +196,36 @@ def _service_no(db: Connection, known: dict[str, int], name: str) -> int:
     return known[name]
 
 
-def _add_sums(db: Connection, result: Tallies, window: tuple[int, int]) -> None:
-    slots = [at_us // SLOT_US for at_us in window]
-    for parent, child, what, count in db.execute(SUMS, slots):
-        tally = result.setdefault((parent, child), Tally())
-        if what == CALLS:
-            tally.calls += count
-        elif what == ERRORS:
-            tally.errors += count
-        else:
-            tally.durations[middle_of(what)] += count
+def _add_sums(
+    db: Connection, result: Tallies, width_us: int, first: int, last: int
+) -> None:
+    buckets: dict[Edge, Counter[int]] = {}
+    for parent, child, calls, errors, durations in db.execute(
+        SUMS, (width_us, first, last)
+    ):
+        edge = parent, child
+        tally = result.setdefault(edge, Tally())
+        tally.calls += calls
+        tally.errors += errors
+        total = buckets.setdefault(edge, Counter())
+        numbers = orjson.loads(durations)
+        for bucket, count in zip(numbers[::2], numbers[1::2], strict=True):
+            total[bucket] += count
+    for edge, total in buckets.items():
+        durations = result[edge].durations
+        for bucket, count in total.items():
+            durations[middle_of(bucket)] += count
 
 
-def _summary(kept: bytes) -> Summary:
+def _read_sum(
+    calls: int, errors: int, durations: bytes
+) -> tuple[int, int, Counter[int]]:
+    numbers: Sequence[int] = orjson.loads(durations)
+    buckets = Counter(dict(zip(numbers[::2], numbers[1::2], strict=True)))
+    return calls, errors, buckets
+
+
+def _read_summary(kept: bytes) -> Summary:
     fields: dict[str, Any] = orjson.loads(kept)
     services = tuple(ServiceSummary(**service) for service in fields.pop("services"))
     return Summary(**fields, services=services)

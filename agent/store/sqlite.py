@@ -40,20 +40,22 @@ CREATE TABLE traces (
 );
 CREATE INDEX traces_by_start ON traces (start_us);
 
--- What arrived of one trace at one time.
+-- Spans of one trace that arrived at one time.
 CREATE TABLE chunks (
     upto INTEGER PRIMARY KEY AUTOINCREMENT,  -- spans ever stored, these included
     trace INTEGER NOT NULL,
     spans INTEGER NOT NULL,
+    durations BLOB,                          -- JSON: by service, sorted; only of many
     payload BLOB NOT NULL                    -- JSON list, deflated
 );
 CREATE INDEX chunks_by_trace ON chunks (trace);
 
--- Every PART_TRACES traces have an index of words of their own, words_PART: it can be
--- dropped as a whole. The times are bounds of the traces' starts.
+-- Traces in a row that share an index of words, words_PART, which is dropped as a
+-- whole. A part goes from the trace that it is named after to where the next begins.
 CREATE TABLE parts (
     part INTEGER PRIMARY KEY,
-    first_us INTEGER,
+    bytes INTEGER NOT NULL,  -- of payload that came while it was the last part
+    first_us INTEGER,        -- bounds of when its traces started
     last_us INTEGER
 );
 
@@ -67,12 +69,14 @@ CREATE TABLE unsettled (
 -- Calls from service to service, by when their traces started.
 CREATE TABLE edges (
     part INTEGER NOT NULL,
-    slot INTEGER NOT NULL,    -- start of the trace, in units of SLOT_US
+    width_us INTEGER NOT NULL,
+    slot INTEGER NOT NULL,    -- start of the trace, in units of width_us
     parent INTEGER NOT NULL,  -- services.no
     child INTEGER NOT NULL,
-    what INTEGER NOT NULL,    -- CALLS, ERRORS, or the bucket of a duration
-    count INTEGER NOT NULL,
-    PRIMARY KEY (part, slot, parent, child, what)
+    calls INTEGER NOT NULL,
+    errors INTEGER NOT NULL,
+    durations BLOB NOT NULL,  -- JSON list: a logscale bucket, its calls, the next ...
+    PRIMARY KEY (part, width_us, slot, parent, child)
 ) WITHOUT ROWID;
 CREATE TABLE services (no INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 
@@ -93,10 +97,15 @@ BUSY_S = 5.0
 # less writes the same pages more often.
 MIN_LOG_PAGES = 64
 MAX_LOG_PAGES = 4096
-# The part of the whole that the log may take.
+# The part of the whole that the log may take. Readers can keep it from being reused.
 LOG_SHARE = 16
+LOG_OVERDUE = 2
 
-CACHE_KIB = 16 * 1024
+# Pages given back to the file system at a time.
+SHRINK_PAGES = 256
+
+# Of each connection.
+CACHE_KIB = 8 * 1024
 
 
 class File:
@@ -122,40 +131,44 @@ class File:
 
     def _prepare(self, writer: sqlite3.Connection, max_bytes: int) -> None:
         """Check that the file is ours; make it so where it is empty."""
+        self._check(writer)
         (page_bytes,) = writer.execute("PRAGMA page_size").fetchone()
         log_pages = max_bytes // page_bytes // LOG_SHARE
         log_pages = min(max(log_pages, MIN_LOG_PAGES), MAX_LOG_PAGES)
+        self.log_limit_bytes = log_pages * page_bytes
         for pragma in (
             "auto_vacuum = INCREMENTAL",  # before anything else is written
             "journal_mode = WAL",
             "synchronous = NORMAL",
             "secure_delete = OFF",
             f"wal_autocheckpoint = {log_pages}",
-            f"journal_size_limit = {log_pages * page_bytes}",
+            f"journal_size_limit = {self.log_limit_bytes}",
         ):
             writer.execute(f"PRAGMA {pragma}").fetchall()
-        with self.writing("open") as connection:
-            (ours,) = connection.execute("PRAGMA application_id").fetchone()
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            (objects,) = connection.execute(
-                "SELECT count(*) FROM sqlite_master"
-            ).fetchone()
-            if not objects:
-                for statement in SCHEMA.split(";"):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif ours != APPLICATION_ID:
-                raise StoreError(
-                    f"{self.path} is another program's database",
-                    "give another file with --data",
-                )
-            elif version > SCHEMA_VERSION:
-                raise StoreError(
-                    f"{self.path} was written by a newer podspan (schema {version},"
-                    f" this one knows {SCHEMA_VERSION})",
-                    "use that version, or give another file with --data",
-                )
+        with self.writing("open") as db:
+            if _is_empty(db):
+                for statement in SCHEMA.split(";\n"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _check(self, db: Connection) -> None:
+        """Raise StoreError for what is not ours to write to."""
+        if _is_empty(db):
+            return
+        (application_id,) = db.execute("PRAGMA application_id").fetchone()
+        if application_id != APPLICATION_ID:
+            raise StoreError(
+                f"{self.path} is another program's database",
+                "give another file with --data",
+            )
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path} was written by a newer podspan (schema {version},"
+                f" this one knows {SCHEMA_VERSION})",
+                "use that version, or give another file with --data",
+            )
 
     @contextmanager
     def writing(self, doing: str) -> Iterator[sqlite3.Connection]:
@@ -178,6 +191,8 @@ class File:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """Read one state of the database, whatever is written meanwhile."""
         with self._translated("read"):
+            if self._closed:
+                raise StoreError(f"cannot read {self.path}: it is closed")
             try:
                 reader = self._idle.pop()
             except IndexError:
@@ -200,12 +215,21 @@ class File:
             while True:
                 self._idle.pop().close()
 
-    def bytes_used(self, connection: sqlite3.Connection) -> int:
-        """Return the size of what is in use: without free pages, with the log."""
-        (pages,) = connection.execute("PRAGMA page_count").fetchone()
-        (free,) = connection.execute("PRAGMA freelist_count").fetchone()
-        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
-        return int((pages - free) * page_bytes) + self._log_bytes()
+    def shrink(self) -> None:
+        """Give some of the free pages back to the file system."""
+        with self._lock, self._translated("shrink"):
+            if self._writer is not None:
+                # A step of this statement frees one page; execute() makes one step.
+                self._writer.executescript(f"PRAGMA incremental_vacuum({SHRINK_PAGES})")
+
+    def truncate_log(self) -> None:
+        """Write the log back and empty it, if it grew far beyond its limit."""
+        if self._log_bytes() <= LOG_OVERDUE * self.log_limit_bytes:
+            return
+        with self._lock, self._translated("write the log of"):
+            if self._writer is not None:
+                # Waits for readers; gives up after BUSY_S.
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def bytes_on_disk(self) -> int:
         """Return the size of the database and its log."""
@@ -235,6 +259,19 @@ class File:
             yield
         except sqlite3.Error as exc:
             raise StoreError(f"cannot {doing} {self.path}: {exc}", _hint(exc)) from exc
+
+
+def _is_empty(db: Connection) -> bool:
+    (objects,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return not objects
+
+
+def bytes_of(db: Connection) -> tuple[int, int]:
+    """Return the size of all pages, and of those that are in use."""
+    (page_bytes,) = db.execute("PRAGMA page_size").fetchone()
+    (pages,) = db.execute("PRAGMA page_count").fetchone()
+    (free,) = db.execute("PRAGMA freelist_count").fetchone()
+    return pages * page_bytes, (pages - free) * page_bytes
 
 
 def _hint(error: sqlite3.Error) -> str:

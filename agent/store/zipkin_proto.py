@@ -30,17 +30,18 @@ MESSAGES: Final = {
 }
 
 
-def decode(body: bytes) -> list[dict[str, Any]]:
-    """Return the spans as Zipkin's JSON would have them, not yet normalised."""
+def decode(body: bytes) -> Any:
+    """Return a message ListOfSpans."""
     spans = _LIST_OF_SPANS()
     try:
         spans.ParseFromString(body)
     except message.DecodeError as exc:
         raise MalformedSpans("Malformed reading List<Span> from proto3") from exc
-    return [_span(span) for span in spans.spans]
+    return spans
 
 
-def _span(span: Any) -> dict[str, Any]:
+def as_json(span: Any) -> dict[str, Any]:
+    """Return a message Span as Zipkin's JSON would have it, not yet normalised."""
     return {
         "traceId": span.trace_id.hex() or None,
         "parentId": span.parent_id.hex() or None,

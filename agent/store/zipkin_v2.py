@@ -18,7 +18,7 @@ characters and lone surrogates in texts, invalid UTF-8.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from typing import Any, Final, TypedDict, cast
@@ -35,14 +35,22 @@ MAX_PORT: Final = 0xFFFF
 # The longest text of an IPv6 address, with an IPv4 address in it (INET6_ADDRSTRLEN).
 ADDRESS_TEXT: Final = 45
 
+# Of one message: whoever sends more at once wants our memory.
+MAX_SPANS: Final = 100_000
+
+LOWER_HEX: Final = "0123456789abcdef"
+
 V1_FIELD: Final = "binaryAnnotations"
 
-_hex = re.compile(r"[0-9a-f]+").fullmatch
 _decimal = re.compile(r"-?[0-9]{1,19}").fullmatch
 
 
 class MalformedSpans(PodspanError):
     """A message that is not a list of v2 spans; says what is wrong with which span."""
+
+
+class TooManySpans(MalformedSpans):
+    """A message of more than MAX_SPANS."""
 
 
 class Endpoint(TypedDict, total=False):
@@ -87,7 +95,7 @@ def parse_json(body: bytes) -> list[ZipkinSpan]:
         raise MalformedSpans(f"Malformed JSON: {exc}") from exc
     if type(items) is not list:
         raise MalformedSpans("Expected a JSON_V2 encoded list")
-    return _read_all(items)
+    return _read_all(items, len(items))
 
 
 def parse_proto3(body: bytes) -> list[ZipkinSpan]:
@@ -95,7 +103,8 @@ def parse_proto3(body: bytes) -> list[ZipkinSpan]:
     # A server that is sent JSON only need not load it.
     from podspan.agent.store import zipkin_proto  # noqa: PLC0415
 
-    return _read_all(zipkin_proto.decode(body))
+    message = zipkin_proto.decode(body)
+    return _read_all(map(zipkin_proto.as_json, message.spans), len(message.spans))
 
 
 def trace_id_of(value: object) -> str:
@@ -107,7 +116,9 @@ def trace_id_of(value: object) -> str:
     return digits.zfill(16 if length <= 16 else 32)
 
 
-def _read_all(items: Sequence[object]) -> list[ZipkinSpan]:
+def _read_all(items: Iterable[object], count: int) -> list[ZipkinSpan]:
+    if count > MAX_SPANS:
+        raise TooManySpans(f"More than {MAX_SPANS} spans in one message")
     spans: list[ZipkinSpan] = []
     for item in items:
         try:
@@ -151,7 +162,7 @@ def _hex_digits(value: object, what: str, longest: int) -> str:
         raise MalformedSpans(f"{what} is empty")
     if len(value) > longest:
         raise MalformedSpans(f"{what}.length > {longest}")
-    if not _hex(value):
+    if value.strip(LOWER_HEX):
         raise MalformedSpans(f"{what} should be lower-hex encoded with no prefix")
     if not value.strip("0"):
         raise MalformedSpans(f"{what} is all zeros")

@@ -1,7 +1,15 @@
 """The database against brute force over what was put into it."""
 
-import time
-from contextlib import contextmanager
+import os
+import random
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +17,7 @@ from hypothesis import strategies as st
 from podspan.agent.errors import StoreError
 from podspan.agent.store.database import Database
 from podspan.agent.store.query import Query, matches, start_us
+from podspan.agent.store.summary import ServiceSummary, Summary
 
 DAY_MS = 24 * 3600 * 1000
 NOW_US = 1_700_000_000_000_000
@@ -117,17 +126,18 @@ def queries(draw):
 
 
 def brute_force(arrived, query):
-    traces = {}
+    traces: dict[str, Any] = {}
     for span in arrived:
         traces.setdefault(span["traceId"], []).append(span)
     matching = [spans for spans in traces.values() if matches(query, spans)]
     # The latest first; of equals the one that came last.
     matching.reverse()
-    return sorted(matching, key=start_us, reverse=True)[: query.limit]
+    matching.sort(key=lambda spans: start_us(spans) or 0, reverse=True)
+    return matching[: query.limit]
 
 
 @settings(
-    max_examples=150,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -143,6 +153,35 @@ def test_a_search_finds_what_brute_force_finds(tmp_path_factory, batches, asked)
             assert database.traces(query) == expected
             ids = [summary.trace_id for summary in database.summaries(query)]
             assert ids == [spans[0]["traceId"] for spans in expected]
+
+
+def test_a_duration_is_found_in_a_trace_of_many_spans(database):
+    database.add(
+        [
+            span(1, number, "ab"[number % 2], duration=1_000_000 + number * 10)
+            for number in range(1, 1001)
+        ]
+    )
+
+    def found(shortest_us, longest_us, service=""):
+        return bool(
+            database.traces(
+                everything(
+                    service=service,
+                    min_duration_us=shortest_us,
+                    max_duration_us=longest_us,
+                )
+            )
+        )
+
+    assert found(1_000_030, 1_000_030)
+    assert found(1_000_030, 1_000_030, "b")
+    assert not found(1_000_030, 1_000_030, "a")
+    assert not found(1_000_031, 1_000_039)
+    assert found(1_009_991, None)
+    assert found(1_009_991, None, "a")
+    assert not found(1_009_991, None, "b")
+    assert not found(1_010_001, None)
 
 
 def test_names_are_offered_sorted(database):
@@ -229,21 +268,326 @@ def test_links_carry_durations(database):
     assert (edge.p50_us, edge.p95_us, edge.p99_us) == (50, 95, 99)
 
 
-def test_old_traces_expire_by_arrival(tmp_path):
-    with opened(tmp_path / "traces.db", max_age_s=0) as database:
+def test_a_window_counts_its_traces_only(database, monkeypatch):
+    for number, offset_s in enumerate((0, 30, 3600, 7200), start=1):
+        at_us = NOW_US + offset_s * 1_000_000
+        database.add([{**half, "timestamp": at_us} for half in call(number)])
+
+    def calls(end_s, lookback_s):
+        window = (NOW_US // 1_000_000 + end_s) * 1000, lookback_s * 1000
+        return sum(edge.calls for edge in database.links(*window))
+
+    windows = [(0, 1), (29, 60), (30, 60), (30, 1), (7200, 7200), (9000, 9000)]
+    assert [calls(*window) for window in windows] == [1, 1, 2, 1, 4, 4]
+    # In sums, to the minute.
+    database.settle(quiet_s=0)
+    monkeypatch.setattr("podspan.agent.store.settle.EXACT_TRACES", 0)
+    assert [calls(*window) for window in windows] == [2, 2, 2, 2, 4, 4]
+    assert calls(3600, 60) == 1
+
+
+def test_a_summary_tells_what_a_list_shows(database):
+    client, server = call(1, duration_us=90, tags={"error": "500"})
+    client |= {"duration": 100, "name": "get", "tags": {"http.method": "GET", "x": "y"}}
+    database.add([server])
+    database.add([client])
+    assert database.summaries(everything()) == [
+        Summary(
+            trace_id=client["traceId"],
+            start_us=NOW_US,
+            duration_us=100,
+            spans=2,
+            errors=1,
+            root_service="a",
+            root_name="get",
+            root_kind="CLIENT",
+            services=(ServiceSummary("a", 1, 0), ServiceSummary("b", 1, 1)),
+            tags={"http.method": "GET"},
+        )
+    ]
+
+
+def test_the_kept_summary_of_a_large_trace_is_the_one_made(database):
+    spans = [span(1, 1)] + [
+        span(1, number, "b", parentId=f"{1:016x}", timestamp=NOW_US + number)
+        for number in range(2, 1000)
+    ]
+    database.add(spans)
+    made = database.summaries(everything())
+    database.settle(quiet_s=0)
+    assert database.summaries(everything()) == made
+    database.add([span(1, 1000, "c", parentId=f"{1:016x}")])
+    assert database.summaries(everything())[0].spans == 1000
+
+
+def test_callers_of_add_at_the_same_time_all_get_their_spans_stored(database):
+    def add(caller):
+        for number in range(1, 21):
+            database.add([span(caller, number), span(999, caller * 100 + number)])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(1, 9)))
+    assert [len(database.trace(f"{caller:016x}")) for caller in range(1, 9)] == [20] * 8
+    assert len(database.trace(f"{999:016x}")) == 160
+    assert database.counts()["spans"] == 320
+    assert database.counts()["traces"] == 9
+
+
+def test_a_database_opened_again_is_as_it_was(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add(call(1, tags={"k": "v"}))
+        cursor, _, _ = database.tail(None, 10)
+        before = database.counts()
+    with opened(path) as database:
+        assert database.trace(f"{1:016x}") == call(1, tags={"k": "v"})
+        assert database.services() == ["a", "b"]
+        assert database.tag_values("k") == ["v"]
+        assert edges(database) == [("a", "b", 1, 0)]
+        for what in ("spans", "traces"):
+            assert database.counts()[what] == before[what]
+        database.add([span(2, 1)])
+        assert database.tail(cursor, 10)[1] == [span(2, 1)]
+
+
+def test_a_closed_database_refuses(tmp_path):
+    with opened(tmp_path / "traces.db") as database:
+        pass
+    with pytest.raises(StoreError, match="closed"):
         database.add([span()])
-        wait_for(lambda: not database.trace(span()["traceId"]))
+    with pytest.raises(StoreError, match="closed"):
+        database.services()
 
 
-def wait_for(condition, patience_s=20):
-    deadline_s = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+def make_older(path, trace_id, seconds):
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(
+            "UPDATE traces SET arrived_s = arrived_s - ? WHERE id = ?",
+            (seconds, bytes.fromhex(trace_id)),
+        )
+
+
+def test_a_name_goes_with_the_last_trace_that_may_have_it(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add([span(1, 1, "gone", tags={"gone": "1", "k": "old"})])
+        database.add([span(2, 1, "here", tags={"k": "new"})])
+    make_older(path, f"{1:016x}", 7200)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(
+            "UPDATE names SET hour = hour - 2"
+            " WHERE 'gone' IN (name, owner) OR name = 'old'"
+        )
+    with opened(path, max_age_s=3600) as database:
+        database.expire()
+        assert database.services() == ["here"]
+        assert database.tag_keys() == ["k"]
+        assert database.tag_values("k") == ["new"]
+        database.add([span(3, 1, "gone")])
+        assert database.services() == ["gone", "here"]
+
+
+def test_what_arrived_long_ago_expires(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path, max_age_s=3600) as database:
+        database.add([span(1, 1, "gone")])
+        database.add([span(2, 1, "here")])
+        make_older(path, f"{1:016x}", 3601)
+        database.expire()
+        assert database.trace(f"{1:016x}") == []
+        assert database.trace(f"{2:016x}") == [span(2, 1, "here")]
+        assert database.traces(everything()) == [[span(2, 1, "here")]]
+        counts = database.counts()
+        assert (counts["traces"], counts["expired_traces"]) == (1, 1)
+        assert (counts["spans"], counts["expired_spans"]) == (1, 1)
+
+
+def test_a_span_that_comes_after_its_trace_expired_begins_a_new_one(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path, max_age_s=3600) as database:
+        database.add([span(1, 1)])
+        make_older(path, f"{1:016x}", 3601)
+        database.expire()
+        database.add([span(1, 2)])
+        assert database.traces(everything(service="a")) == [[span(1, 2)]]
+
+
+def test_the_oldest_traces_leave_room_for_new_ones_whole(tmp_path):
+    chance = random.Random(1)
+    path = tmp_path / "traces.db"
+    with opened(path, max_bytes=3_000_000) as database:
+        for first in range(1, 10_001, 200):
+            database.add(
+                [
+                    span(first + number // 4, number + 1, tags={"k": noise})
+                    for number in range(800)
+                    for noise in [chance.randbytes(100).hex()]
+                ]
+            )
+            database.expire()
+            assert database.counts()["bytes"] <= 3_000_000
+        counts = database.counts()
+        assert counts["expired_traces"] + counts["traces"] == 10_000
+        assert counts["traces"] > 1000
+        oldest = counts["expired_traces"] + 1
+        for number in range(1, 10_001):
+            kept = len(database.trace(f"{number:016x}"))
+            assert kept == (4 if number >= oldest else 0)
+        asked = everything(limit=10_000, service="a")
+        assert len(database.traces(asked)) == counts["traces"]
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+@contextmanager
+def no_file_larger_than(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_the_disk_does_not_take_is_refused_whole_and_later_taken(database):
+    noise = random.Random(1)
+    spans = [
+        span(number, 1, f"s{number}", tags={"k": noise.randbytes(1000).hex()})
+        for number in range(1, 1001)
+    ]
+    database.add([span(9999, 1)])
+    with no_file_larger_than(500_000), pytest.raises(StoreError, match="cannot store"):
+        database.add(spans)
+    assert database.traces(everything()) == [[span(9999, 1)]]
+    assert database.services() == ["a"]
+    assert database.counts()["spans"] == 1
+    database.add(spans)
+    assert len(database.services()) == 1000  # as many as are offered
+    assert database.counts()["spans"] == 1001
+
+
+ADDER = """
+import sys
+from pathlib import Path
+from podspan.agent.store.database import Database
+
+database = Database(Path(sys.argv[1]), max_age_s=1e9, max_bytes=1 << 30)
+for batch in range(1, 1_000_000):
+    database.add(
+        [
+            {
+                "traceId": f"{batch * 10 + number % 10:016x}",
+                "id": f"{number:016x}",
+                "timestamp": 1_700_000_000_000_000 + batch,
+                "tags": {"batch": str(batch)},
+            }
+            for number in range(1, 101)
+        ]
+    )
+    print(batch, flush=True)
+"""
+
+
+def test_killed_while_it_writes_it_has_what_it_took_and_no_halves(tmp_path):
+    path = tmp_path / "traces.db"
+    with subprocess.Popen(
+        [sys.executable, "-c", ADDER, str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if int(line) >= 30:
+                break
+        process.send_signal(signal.SIGKILL)
+        taken = max([30, *map(int, process.stdout.read().split())])
+    with opened(path) as database:
+        for batch in range(1, taken + 1):
+            for trace in range(10):
+                assert len(database.trace(f"{batch * 10 + trace:016x}")) == 10
+            asked = everything(annotation_query={"batch": str(batch)}, limit=20)
+            assert len(database.traces(asked)) == 10
+        # Perhaps one that it had no time to tell of.
+        assert database.counts()["spans"] in (taken * 100, taken * 100 + 100)
+        database.add([span()])
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def open_only(path):
+    Database(path, max_age_s=1, max_bytes=GIB).close()
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path):
     path = tmp_path / "traces.db"
     path.write_text("something else\n" * 100)
     with pytest.raises(StoreError, match="not a database"):
-        Database(path, max_age_s=1, max_bytes=GIB)
+        open_only(path)
+    assert path.read_text().startswith("something else")
+
+
+def test_another_programs_database_is_refused(tmp_path):
+    path = tmp_path / "traces.db"
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("CREATE TABLE theirs (x)")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="another program"):
+        open_only(path)
+    assert path.read_bytes() == before
+
+
+def test_a_newer_schema_is_refused(tmp_path):
+    path = tmp_path / "traces.db"
+    open_only(path)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreError, match="newer podspan"):
+        open_only(path)
+
+
+def test_a_missing_folder_is_told_of(tmp_path):
+    with pytest.raises(StoreError, match="cannot open") as raised:
+        open_only(tmp_path / "nowhere" / "traces.db")
+    assert "folder" in raised.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_not_writable_is_told_of(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreError, match="cannot open"):
+        open_only(tmp_path / "traces.db")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"end_ts_ms": 10**30, "lookback_ms": 10**30},
+        {"min_duration_us": 10**30},
+        {"min_duration_us": 1, "max_duration_us": 10**30},
+        {"limit": 10**30},
+        {"annotation_query": {f'" OR {number}': "\0*" for number in range(100)}},
+        {"service": "' AND \"", "span_name": "NEAR(a b)", "remote_service": "*"},
+    ],
+)
+def test_odd_questions_are_answered(database, more):
+    database.add([span(duration=5)])
+    window = {"end_ts_ms": NOW_US // 1000, "lookback_ms": DAY_MS}
+    query = Query(**{**window, **more})
+    assert database.traces(query) == (
+        [[span(duration=5)]] if matches(query, [span(duration=5)]) else []
+    )
+
+
+def test_odd_spans_are_stored(database):
+    odd = {
+        "traceId": "f" * 32,
+        "id": "f" * 16,
+        "timestamp": 2**63 - 1,
+        "duration": 2**63 - 1,
+        "name": "\0",
+        "tags": {"": "", "\0": "'\"", "k" * 100_000: "v" * 100_000},
+    }
+    database.add([odd, odd])
+    assert database.trace("f" * 32) == [odd, odd]
+    query = Query(2**60, 2**60, span_name="\0", min_duration_us=2**63 - 1)
+    assert database.traces(query) == [[odd, odd]]
+    database.settle(quiet_s=0)
+    assert database.summaries(query)[0].duration_us == 2**63 - 1
