@@ -9,31 +9,35 @@
 Status codes and defaults are those of Zipkin's server (ZipkinQueryApiV2 and
 ZipkinHttpCollector of Zipkin 3). Other than there, on purpose:
 
-- No origin but our own may read or write from a browser: no CORS headers, a POST with
-  another's Origin is refused, a body has to be declared JSON or protobuf (a form or
-  text/plain could be sent by any page), and on loopback the Host has to be a local name
-  or an address, so that nobody's DNS can rebind to us.
+- No site's pages but our own may read or write (origin.py); a body has to be declared
+  JSON or protobuf, because a form or text/plain could be sent by any page.
 - 405 tells the methods that there are; 413 and 415 are not 500 or 202.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from http import HTTPStatus
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from podspan.agent import version
 from podspan.agent.errors import StoreError
 from podspan.agent.store import viewer_files
+from podspan.agent.store.counts import Counts
+from podspan.agent.store.origin import check_origin
 from podspan.agent.store.query import Query, parse_annotation_query
-from podspan.agent.store.request import PLAIN_TEXT, Refusal, Request, Response
+from podspan.agent.store.request import (
+    MAX_UNPACKED_BYTES,
+    PLAIN_TEXT,
+    Refusal,
+    Request,
+    Response,
+)
 from podspan.agent.store.zipkin_v2 import (
     MalformedSpans,
     TooManySpans,
@@ -70,7 +74,7 @@ CACHED_NAMES: Final = {"Cache-Control": "max-age=300, must-revalidate"}
 # of 64 MiB, two gigabytes. A span has about 25 values.
 MAX_VALUES: Final = 2_000_000
 MAX_PROTO_BYTES: Final = 4 * 1024 * 1024
-LARGE_BYTES: Final = 1024 * 1024  # only one message of so much at the same time
+LARGE_BYTES: Final = 2 * 1024 * 1024  # only one message of so much at the same time
 
 JSON_TYPES: Final = ("", "application/json")
 PROTO_TYPES: Final = ("application/x-protobuf", "application/protobuf")
@@ -95,14 +99,8 @@ SECURITY: Final = (
     ("Referrer-Policy", "no-referrer"),
 )
 
-# No public DNS server answers for these, nor for names without a dot: RFC 6761, and
-# ICANN's resolution 2024.07.29.06. Docker calls its host by the second.
-LOCAL_NAMES: Final = (".localhost", ".internal")
-
 Handler = Callable[[Request], Response]
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
-
-_host = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?").fullmatch
 
 
 class Api:
@@ -114,7 +112,7 @@ class Api:
         self._local = local
         self._large = threading.Lock()
         self._services = 0
-        self._counts = _Counts()
+        self._counts = Counts()
         self._routes = self._all_routes()
 
     def _all_routes(self) -> dict[str, dict[str, Handler]]:
@@ -170,7 +168,7 @@ class Api:
 
     def _answer(self, environ: Mapping[str, Any]) -> Response:
         request = Request(environ)
-        self._check_origin(request)
+        check_origin(request, local=self._local)
         if request.path.startswith("/zipkin/api/v2/"):
             request.path = request.path.removeprefix("/zipkin")
         path = request.path
@@ -189,20 +187,6 @@ class Api:
             )
         return methods[method](request)
 
-    def _check_origin(self, request: Request) -> None:
-        """Refuse what another site's page made a browser send."""
-        host = request.header("Host")
-        if self._local and not _is_local_name(host):
-            raise Refusal(
-                HTTPStatus.MISDIRECTED_REQUEST,
-                "This store is on loopback only: ask it by address or as localhost",
-            )
-        origin = request.header("Origin")
-        if request.method == "POST" and origin and origin.partition("://")[2] != host:
-            raise Refusal(
-                HTTPStatus.FORBIDDEN, "Another site's pages may not write here"
-            )
-
     # Zipkin's API
 
     def _add_spans(self, request: Request) -> Response:
@@ -212,22 +196,23 @@ class Api:
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
                 "Send application/json or application/x-protobuf, of Zipkin's v2 model",
             )
-        body = request.body()
-        self._counts.add("messages_total")
-        self._counts.add("message_bytes_total", len(body))
-        # Tracers send nothing, too, to see whether we are here.
-        if not body:
-            return Response(status=HTTPStatus.ACCEPTED, content_type=PLAIN_TEXT)
-        with self._room_for(body):
-            spans = _parsed(body, content_type)
+        sent = request.body()
+        with ExitStack() as stack:
+            # Large messages wait for each other: their objects need much memory.
+            body = request.unpacked(sent, LARGE_BYTES)
+            if body is None:
+                stack.enter_context(self._large)
+                body = request.unpacked(sent, MAX_UNPACKED_BYTES)
+            if body is None:
+                raise _too_large(f"{MAX_UNPACKED_BYTES} bytes unpacked")
+            self._counts.add("messages_total")
+            self._counts.add("message_bytes_total", len(body))
+            # Tracers send nothing, too, to see whether we are here.
+            spans = _parsed(body, content_type) if body else []
             if spans:
                 self._database.add(spans)
         self._counts.add("spans_received_total", len(spans))
         return Response(status=HTTPStatus.ACCEPTED, content_type=PLAIN_TEXT)
-
-    def _room_for(self, body: bytes) -> AbstractContextManager[object]:
-        """Let large messages wait for each other: their objects need much memory."""
-        return self._large if len(body) > LARGE_BYTES else nullcontext()
 
     def _service_names(self, request: Request) -> Response:  # noqa: ARG002
         names = self._database.services()
@@ -345,95 +330,26 @@ class Api:
         return Response(text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-class _Counts:
-    """What happened since the start, by name of the metric."""
-
-    HELP: Final = {
-        "requests_total": "Requests answered, by status.",
-        "messages_total": "Messages of spans received.",
-        "message_bytes_total": "Their bytes, unpacked.",
-        "spans_received_total": "Spans stored, also those that were known already.",
-    }
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._values: dict[str, int] = {
-            name: 0 for name in self.HELP if "req" not in name
-        }
-
-    def add(self, name: str, count: int = 1) -> None:
-        with self._lock:
-            self._values[name] = self._values.get(name, 0) + count
-
-    def to_prometheus(self, stored: Mapping[str, int]) -> str:
-        """Return them, and what the database counts, as Prometheus' text."""
-        with self._lock:
-            values = sorted(self._values.items())
-        lines = []
-        for name, help_text in self.HELP.items():
-            lines += [
-                f"# HELP podspan_store_{name} {help_text}",
-                f"# TYPE podspan_store_{name} counter",
-                *(
-                    f"podspan_store_{key} {value}"
-                    for key, value in values
-                    if key.partition("{")[0] == name
-                ),
-            ]
-        for what, value in sorted(stored.items()):
-            since_start = what.startswith("expired_")
-            name, kind = (
-                (f"{what}_total", "counter") if since_start else (what, "gauge")
-            )
-            lines += [
-                f"# HELP podspan_store_{name} Of the database.",
-                f"# TYPE podspan_store_{name} {kind}",
-                f"podspan_store_{name} {value}",
-            ]
-        return "\n".join([*lines, ""])
-
-
 def _parsed(body: bytes, content_type: str) -> list[ZipkinSpan]:
     try:
         if content_type in PROTO_TYPES:
-            _require(
-                len(body) <= MAX_PROTO_BYTES, f"{MAX_PROTO_BYTES} bytes of protobuf"
-            )
-            spans = parse_proto3(body)
-        else:
-            # An upper bound: those in texts count, too.
-            values = sum(map(body.count, (b",", b"[", b"{")))
-            _require(values <= MAX_VALUES, f"{MAX_VALUES} values")
-            spans = parse_json(body)
+            if len(body) > MAX_PROTO_BYTES:
+                raise _too_large(f"{MAX_PROTO_BYTES} bytes of protobuf")
+            return parse_proto3(body)
+        # An upper bound: those in texts count, too.
+        if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise _too_large(f"{MAX_VALUES} values")
+        return parse_json(body)
     except TooManySpans as exc:
         raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, str(exc)) from exc
     except MalformedSpans as exc:
         raise _bad(str(exc)) from exc
-    return spans
 
 
-def _require(fits: bool, limit: str) -> None:
-    if not fits:
-        raise Refusal(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"One message has more than {limit}"
-        )
-
-
-def _is_local_name(host: str) -> bool:
-    """Tell whether a Host header is none that a foreign DNS server answers for."""
-    if not host:  # HTTP/1.0
-        return True
-    found = _host(host.lower())
-    if not found:
-        return False
-    name = found[1] or found[2]
-    if not found[1] and ("." not in name or name.endswith(LOCAL_NAMES)):
-        return True
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
+def _too_large(limit: str) -> Refusal:
+    return Refusal(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"One message has more than {limit}"
+    )
 
 
 def _query(request: Request) -> Query:

@@ -101,23 +101,27 @@ class Request:
         return int(text)
 
     def body(self) -> bytes:
-        """Return the body, unpacked; Refusal where it is too large or cannot be."""
-        packed: bytes = self._environ["wsgi.input"].read(MAX_BODY_BYTES + 1)
-        if len(packed) > MAX_BODY_BYTES:
+        """Return the body as it was sent; Refusal where it is too large."""
+        body: bytes = self._environ["wsgi.input"].read(MAX_BODY_BYTES + 1)
+        if len(body) > MAX_BODY_BYTES:
             raise _too_large(f"more than {MAX_BODY_BYTES} bytes")
+        return body
+
+    def unpacked(self, body: bytes, limit: int) -> bytes | None:
+        """Return what the body says; None for more than `limit` bytes."""
         encoding = self.header("Content-Encoding").lower()
-        if encoding in ("", "identity") or not packed:
-            return packed
+        if encoding in ("", "identity") or not body:
+            return body if len(body) <= limit else None
         if encoding not in ("gzip", "x-gzip"):
             raise Refusal(
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
                 "Content-Encoding is neither gzip nor identity",
             )
-        return gunzip(packed, MAX_UNPACKED_BYTES)
+        return gunzip(body, limit)
 
 
-def gunzip(packed: bytes, limit: int) -> bytes:
-    """Return at most `limit` bytes; Refusal where there are more, or it is no gzip."""
+def gunzip(packed: bytes, limit: int) -> bytes | None:
+    """Return what is packed; None for more than `limit` bytes. Refusal: no gzip."""
     unpacked = bytearray()
     for _ in range(MAX_MEMBERS):
         inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
@@ -126,7 +130,7 @@ def gunzip(packed: bytes, limit: int) -> bytes:
         except zlib.error as exc:
             raise Refusal(HTTPStatus.BAD_REQUEST, "Cannot gunzip spans") from exc
         if len(unpacked) > limit:
-            raise _too_large(f"more than {limit} bytes unpacked")
+            return None
         if not inflater.eof:
             raise Refusal(HTTPStatus.BAD_REQUEST, "Cannot gunzip spans: cut short")
         packed = inflater.unused_data

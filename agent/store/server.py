@@ -30,6 +30,10 @@ MAX_CONNECTIONS: Final = 64
 MAX_HEAD_BYTES: Final = 16 * 1024
 SILENCE_S: Final = 30
 
+# A thousand spans are about a megabyte: kept in memory, what is larger in a file.
+RECEIVE_BYTES: Final = 65536
+BODY_IN_MEMORY_BYTES: Final = 2 * 1024 * 1024
+
 # Read to the end, or else the client is reset before it sees its 413.
 MAX_READ_BYTES: Final = 2 * MAX_BODY_BYTES
 
@@ -56,6 +60,8 @@ class StoreServer:
             connection_limit=MAX_CONNECTIONS,
             max_request_header_size=MAX_HEAD_BYTES,
             max_request_body_size=MAX_READ_BYTES,
+            recv_bytes=RECEIVE_BYTES,
+            inbuf_overflow=BODY_IN_MEMORY_BYTES,
             channel_timeout=SILENCE_S,
             cleanup_interval=SILENCE_S // 3,
             asyncore_use_poll=True,

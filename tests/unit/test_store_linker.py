@@ -6,10 +6,14 @@ The rules were compared with Zipkin 3.6.1's server over thousands of random trac
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from podspan.agent.store.linker import Link, link_trace
 from podspan.agent.store.zipkin_v2 import merge
+
+FUZZ = settings(
+    derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 C, S, P, K = "CLIENT", "SERVER", "PRODUCER", "CONSUMER"
 
@@ -151,6 +155,13 @@ CASES = {
         [span(0, 1, C, "web", None, "error"), span(1, 2, S, "app", None)],
         {"web>app 1/1"},
     ),
+    "of one id, the client's error is not the server's": (
+        [
+            span(0, 1, C, "web", None, "error"),
+            span(0, 1, S, "app", None, shared=True),
+        ],
+        {"web>app 1/0"},
+    ),
     "local spans between": (
         [
             span(0, 1, S, "foo", None),
@@ -240,6 +251,7 @@ spans = st.builds(
 )
 
 
+@FUZZ
 @given(st.lists(spans, max_size=12))
 def test_whatever_the_spans_each_counts_twice_at_most(trace):
     found = link_trace(merge(trace))

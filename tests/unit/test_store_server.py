@@ -11,12 +11,13 @@ import time
 import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from podspan.agent.__main__ import main as podspan
 from podspan.agent.errors import StoreError, UsageError
 from podspan.agent.store import command
-from podspan.agent.store.server import MAX_CONNECTIONS, StoreServer
+from podspan.agent.store.server import MAX_CONNECTIONS, THREADS, StoreServer
 from unit.store_server import running_store
 
 SPAN = {"traceId": "a", "id": "b", "localEndpoint": {"serviceName": "web"}}
@@ -62,30 +63,41 @@ def test_ipv6(tmp_path):
         server.close()
 
 
-def test_closing_finishes_what_is_being_answered(tmp_path, monkeypatch):
-    entered, leave = threading.Event(), threading.Event()
+def test_closing_finishes_what_is_being_answered_and_what_waits(tmp_path, monkeypatch):
+    entered, leave = threading.Semaphore(0), threading.Event()
     with running_store(tmp_path) as store:
-        services = store.database.services
 
         def slow_services():
-            entered.set()
+            entered.release()
             leave.wait(20)
-            return services()
+            return ["slow"]
 
         monkeypatch.setattr(store.database, "services", slow_services)
-        answers = []
-        asking = threading.Thread(
-            target=lambda: answers.append(store.get("/api/v2/services"))
-        )
-        asking.start()
-        assert entered.wait(20)
+        answers: list[Any] = []
+        asking = [
+            threading.Thread(
+                target=lambda: answers.append(store.get("/api/v2/services").json)
+            )
+            for _ in range(THREADS + 4)
+        ]
+        for each in asking:
+            each.start()
+        for _ in range(THREADS):
+            assert entered.acquire(timeout=20)
+        until(lambda: waiting(store.server) == len(asking), "all of them waiting")
         closing = threading.Thread(target=store.server.close)
         closing.start()
         until(lambda: refused(store.port), "closed to new connections")
         leave.set()
         closing.join()
-        asking.join()
-    assert answers[0].json == []
+        for each in asking:
+            each.join()
+    assert answers == [["slow"]] * len(asking)
+
+
+def waiting(server):
+    channels = list(server._server.active_channels.values())
+    return sum(len(channel.requests) for channel in channels)
 
 
 def refused(port):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from podspan.agent.store import zipkin_proto
 from podspan.agent.store.zipkin_v2 import (
@@ -22,6 +22,10 @@ from podspan.agent.store.zipkin_v2 import (
 )
 
 EXAMPLES = sorted((Path(__file__).parent / "data/zipkin").glob("*.json"))
+FUZZ = settings(
+    derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
 IDS = {"traceId": "000000000000000a", "id": "000000000000000b"}
 
 
@@ -238,6 +242,7 @@ loose_spans = st.fixed_dictionaries(
 )
 
 
+@FUZZ
 @given(st.lists(loose_spans | json_values, max_size=3) | json_values)
 def test_whatever_json_is_refused_or_normalised_once_and_for_all(value):
     try:
@@ -247,6 +252,7 @@ def test_whatever_json_is_refused_or_normalised_once_and_for_all(value):
     assert parse_json(json.dumps(spans).encode()) == spans
 
 
+@FUZZ
 @given(st.binary())
 def test_whatever_bytes_are_refused_or_read(body):
     for parse in (parse_json, parse_proto3):
@@ -405,6 +411,7 @@ def test_merging_changes_none_of_its_spans():
     assert json.dumps(spans) == before
 
 
+@FUZZ
 @given(st.lists(loose_spans, max_size=4).map(json.dumps))
 def test_merging_loses_no_tag_and_no_annotation(text):
     spans: Any
