@@ -67,7 +67,7 @@ COMMANDS = {
         _main_of("podspan.agent.store.command"),
     ),
     "replay": Command(
-        "the traces of a capture that tcpdump made",
+        "the spans of a capture, without any privilege",
         _main_of("podspan.agent.replay.command"),
     ),
     "demo": Command(
@@ -94,7 +94,6 @@ def help_text() -> str:
         "  podspan agent --zipkin http://zipkin.istio-system:9411",
         "  podspan init plan",
         "  sudo podspan doctor",
-        "  podspan replay incident.pcap --serve",
     ]
     return "\n".join(lines)
 
