@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from browser.conftest import Store, free_port, now_us
+from browser.conftest import NARROW, Store, free_port, now_us, size
 from browser.traces import INJECTION, Trace, bookinfo, hostile
 from playwright.sync_api import expect
 
@@ -227,3 +227,21 @@ def test_too_many_edges_to_draw_are_in_the_table(page, empty_store):
     expect(page.locator(EDGES)).to_have_count(0)
     page.get_by_label("Service", exact=True).select_option("leaf-0007")
     expect(page.locator(EDGES)).to_have_count(1)
+
+
+def test_a_narrow_screen_does_not_scroll_sideways(graph):
+    size(graph, NARROW)
+    expect(graph.locator(LINES).first).to_be_visible()
+    assert graph.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_of_services_too_many_to_be_read_the_page_says_what_to_do(page, empty_store):
+    spans = []
+    for number in range(200):
+        trace = Trace(20_000 + number)
+        at_us = now_us() - 60_000_000
+        trace.call("web", f"service-{number}", "op", at_us, 5_000)
+        spans += trace.spans
+    empty_store.post(spans)
+    page.goto(f"{empty_store.url}/dependencies")
+    expect(page.locator(NUMBERS)).to_contain_text("zoom in, or choose a service")

@@ -5,7 +5,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from browser.conftest import NARROW, SCREENSHOTS, now_us, size
-from browser.traces import INJECTION, ODD, bookinfo
+from browser.traces import INJECTION, ODD, Trace, bookinfo
 from playwright.sync_api import expect
 
 ROWS = "li.trace"
@@ -290,3 +290,23 @@ def test_a_narrow_screen_shows_the_rest_of_the_filters_on_demand(listed):
     listed.goto(f"{listed.url}?spanName=none")
     expect(operation).to_have_value("none")
     expect(operation).to_be_visible()
+
+
+def test_a_longest_duration_below_the_shortest_is_told_at_its_field(listed):
+    listed.get_by_label("Min duration").fill("10ms")
+    listed.get_by_label("Max duration").fill("5ms")
+    listed.keyboard.press("Enter")
+    expect(listed.get_by_label("Max duration")).to_have_attribute(
+        "aria-invalid", "true"
+    )
+    expect(listed.locator(ROWS).first).to_be_visible()
+
+
+def test_a_short_name_is_not_cut_beside_a_shorter_one(live_store, page):
+    trace = Trace(4242)
+    trace.call("web", "api", "op", now_us() - 1_000_000, 5_000)
+    live_store.post(trace.spans)
+    page.goto(f"{live_store.url}/?serviceName=web")
+    name = page.locator(".trace-link .service bdi")
+    expect(name).to_have_text("web")
+    assert name.evaluate("name => name.scrollWidth <= name.clientWidth + 1")

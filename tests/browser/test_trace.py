@@ -415,6 +415,16 @@ def test_an_unknown_trace_can_be_asked_for_again(page, store, complaints, shoot)
     expect(page.locator(ROWS)).to_have_count(4)
 
 
+def test_what_is_no_trace_id_is_said(page, store, complaints):
+    complaints.expected.append("400")
+    page.goto(f"{store.url}/tail")
+    page.get_by_label("Trace id").fill("zz")
+    page.keyboard.press("Enter")
+    expect(page.locator(".state-error")).to_contain_text("“zz” is no trace id")
+    page.get_by_role("link", name="All traces").click()
+    expect(page).to_have_title("Traces · podspan")
+
+
 def test_a_store_that_is_away_is_told_and_can_be_asked_again(
     page, empty_store, complaints
 ):

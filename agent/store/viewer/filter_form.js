@@ -7,6 +7,7 @@ import { duration, exactDuration, parseDuration } from "./format.js";
 import { suggest } from "./suggest.js";
 
 const BAD_DURATION = "A number and a unit: 1.5ms, 200us, 2s";
+const BAD_DURATIONS = "Max has to be as long as Min, or longer";
 const BAD_RANGE = "From has to be before To";
 const EXTRA = ["spanName", "remoteServiceName", "minDuration", "maxDuration", "limit"];
 
@@ -117,6 +118,9 @@ export function filterForm(filters, onFind) {
       const us = text ? parseDuration(text) : null;
       good = accept(field[name].input, Number.isNaN(us) ? BAD_DURATION : "") && good;
       read[name] = us || null;
+    }
+    if (good && read.maxDuration && read.minDuration > read.maxDuration) {
+      good = accept(field.maxDuration.input, BAD_DURATIONS);
     }
     if (field.lookback.input.value === "custom") {
       const [from, to] = [field.from.input, field.to.input].map((input) =>

@@ -283,6 +283,7 @@ class GraphPage {
         h(
           "p",
           { class: "muted" },
+          !this._canvas.legible && "These are many: zoom in, or choose a service above. ",
           "Point at a service or a call, or go to it by Tab, to see its numbers. Press a service to see it with its neighbours.",
         ),
       );

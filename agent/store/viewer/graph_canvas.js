@@ -13,6 +13,7 @@ const MAX_ZOOM = 1; // when fitting: a graph of two services is not blown up
 // On a narrow screen, rather a part that can be read than all of it.
 const NARROW_PX = 700;
 const READABLE = 0.7;
+const LEGIBLE = 0.4; // below, names are specks
 
 const SPACE = 90; // around the drawing, for the legend and the buttons
 const NAME_LETTERS = 18;
@@ -124,6 +125,11 @@ export class GraphCanvas {
     this._fitted = false;
     this._scale = Math.max(0.1, Math.min(4, this._scale * factor));
     this._view();
+  }
+
+  /** Whether names can be made out at this size. */
+  get legible() {
+    return this._scale >= LEGIBLE;
   }
 
   /** Show all of it, as far as it can be read. */

@@ -32,22 +32,30 @@ export async function show(view, url, signal) {
   try {
     spans = await get(`/api/v2/trace/${id}`, {}, signal);
   } catch (error) {
-    if (!(error instanceof ApiError) || error.status !== 404) throw error;
-    spans = [];
+    if (!(error instanceof ApiError) || (error.status !== 404 && error.status !== 400)) throw error;
+    spans = error.status === 404 ? [] : null;
   }
   if (signal.aborted) return;
+  const all = h("a", { href: "/" }, "All traces");
+  if (!spans) {
+    const text = `“${id}” is no trace id: one has 16 or 32 hexadecimal digits.`;
+    state(view, "error", text, null, all);
+    return;
+  }
   if (!spans.length) {
     state(
       view,
       "empty",
       `There is no trace ${id} in the store. Its spans may not have arrived yet, or were old enough to be removed.`,
       () => show(view, url, signal),
-      h("a", { href: "/" }, "All traces"),
+      all,
     );
     return;
   }
   const trace = buildTrace(spans);
-  document.title = `${trace.root.service}: ${operation(trace.root.last.span)} · podspan`;
+  // Isolated, as <bdi> does elsewhere: what turns the writing around ends with its name.
+  const names = [trace.root.service, operation(trace.root.last.span)];
+  document.title = `${names.map((name) => `\u2068${name}\u2069`).join(": ")} · podspan`;
   new TracePage(trace, url, signal).show(view);
 }
 
