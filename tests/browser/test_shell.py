@@ -233,6 +233,8 @@ FORMATTED = [
     ("exactDuration(2_000_000)", "2s"),
     ("exactDuration(999)", "999us"),
     ("time(1_577_876_400_001_000)", "2020-01-01 11:00:00.001"),
+    ("time(2 ** 63)", "unknown time"),
+    ("clock(2 ** 63)", "–"),
     ("ago(1_000_000, 63_000)", "1 min ago"),
     ("count(1204, 'span')", "1,204 spans"),
     ("count(1, 'span')", "1 span"),

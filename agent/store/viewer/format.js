@@ -1,5 +1,6 @@
 // Numbers, times and names as people read and write them. Pure.
 
+const LAST_US = 8.64e18; // what a Date can hold; spans may say more
 const UNIT_US = { us: 1, µs: 1, μs: 1, ms: 1e3, s: 1e6, m: 60e6, min: 60e6, h: 3600e6 };
 
 /** Write microseconds with three digits: "870 µs", "1.23 ms", "45 s", "2 min 5 s". */
@@ -30,11 +31,12 @@ export function exactDuration(us) {
 
 /** Write a time, in microseconds since 1970: "2026-11-25 21:03:12.345", local. */
 export function time(us) {
-  return us ? `${day(us)} ${clock(us)}` : "unknown time";
+  return us && us <= LAST_US ? `${day(us)} ${clock(us)}` : "unknown time";
 }
 
 /** Write the local time of day of microseconds since 1970: "21:03:12.345". */
 export function clock(us) {
+  if (us > LAST_US) return "–";
   const date = new Date(us / 1e3);
   const parts = [date.getHours(), date.getMinutes(), date.getSeconds()].map(two);
   return `${parts.join(":")}.${String(date.getMilliseconds()).padStart(3, "0")}`;
