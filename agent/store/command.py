@@ -104,7 +104,7 @@ def _parser() -> _Parser:
         metavar="ADDR:PORT",
         type=values.any_port,
         default=LISTEN,
-        help=f"where to answer; [IPV6]:PORT, too, and port 0 is any ({LISTEN})",
+        help=f"where to answer; :PORT is every address, port 0 any port ({LISTEN})",
     )
     parser.add_argument(
         "--data",
@@ -135,6 +135,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument(
         "--log-level",
+        type=str.lower,
         choices=LOG_LEVELS,
         default="info",
         help="one of %(choices)s (%(default)s)",

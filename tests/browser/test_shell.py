@@ -234,7 +234,7 @@ FORMATTED = [
     ("exactDuration(999)", "999us"),
     ("time(1_577_876_400_001_000)", "2020-01-01 11:00:00.001"),
     ("time(2 ** 63)", "unknown time"),
-    ("clock(2 ** 63)", "–"),
+    ("clock(2 ** 63)", "\N{EN DASH}"),
     ("ago(1_000_000, 63_000)", "1 min ago"),
     ("count(1204, 'span')", "1,204 spans"),
     ("count(1, 'span')", "1 span"),
