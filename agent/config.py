@@ -242,7 +242,7 @@ OPTIONS = (
         "--store-max-size",
         "SIZE",
         2 * 2**30,
-        values.store_size,
+        values.size,
         "forget the oldest traces beyond so much on disk",
         show=values.size_text,
     ),

@@ -17,9 +17,6 @@ DAY_S = 24 * 60 * 60
 _AGES_S = {"s": 1, "m": 60, "h": 60 * 60, "d": DAY_S}
 _SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
-# Smaller is no store: SQLite's own pages, indexes and log take as much.
-MIN_STORE_SIZE = 16 * 2**20
-
 
 class BadValue(argparse.ArgumentTypeError, ValueError):
     """The text means nothing; an argparse parser shows what it says."""
@@ -126,14 +123,6 @@ def size(text: str) -> int:
     if not match:
         raise BadValue("use a size such as 1048576, 64MiB or 2GiB")
     return int(match[1]) * _SIZES[(match[2] or "").lower()]
-
-
-def store_size(text: str) -> int:
-    """Return the bytes that a store may take."""
-    taken = size(text)
-    if taken < MIN_STORE_SIZE:
-        raise BadValue(f"use at least {size_text(MIN_STORE_SIZE)}")
-    return taken
 
 
 def age_text(age_s: int) -> str:

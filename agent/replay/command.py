@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from podspan.agent import values
 from podspan.agent.config import SPAN_IDS
-from podspan.agent.errors import ReplayError, StoreError, UsageError
+from podspan.agent.errors import ReplayError, UsageError
 from podspan.agent.export import Exporter
 from podspan.agent.export.jsonl import STDOUT, JsonLinesExporter
 from podspan.agent.export.tree import TreeExporter
@@ -133,25 +133,14 @@ class _Outputs:
                 tempfile.TemporaryDirectory(prefix="podspan-replay-")
             )
             path = Path(folder) / "traces.db"
-        with _hinting("--store DB names another file"):
-            self._store = store = StoreExporter(path)
+        self._store = store = StoreExporter(path)
         self._add(store)
         if options.serve:
-            address = options.serve.host, options.serve.port
-            with _hinting("--serve ADDR:PORT chooses another place"):
-                server = StoreServer(store.database, address)
+            host = options.serve.host
+            server = StoreServer(store.database, (host, options.serve.port))
             self._stack.callback(server.close)
             server.start()
-            self.url = f"http://{Address(address[0], server.port).reachable}/"
-
-
-@contextmanager
-def _hinting(hint: str) -> Iterator[None]:
-    """Let a StoreError name the option of this command, not that of podspan store."""
-    try:
-        yield
-    except StoreError as exc:
-        raise StoreError(str(exc), hint) from exc
+            self.url = f"http://{Address(host, server.port).reachable}/"
 
 
 def _run(

@@ -143,7 +143,7 @@ def _listen(address: tuple[str, int]) -> socket.socket:
             dualstack_ipv6=host == "::",
         )
     except (OSError, UnicodeError) as exc:
-        hint = "--listen wants an address of this machine: 127.0.0.1:9411, :9411"
+        hint = "use an address of this machine: 127.0.0.1:9411, :9411"
         why = "no such name"  # it cannot even be looked up
         if isinstance(exc, OSError):
             if exc.errno == errno.EADDRINUSE:

@@ -177,16 +177,6 @@ WRONG = [
 ]
 
 
-def test_what_the_store_cannot_do_hints_at_the_options_of_replay(capture, tmp_path):
-    with pytest.raises(StoreError) as caught:
-        main([str(capture), "--store", str(capture)])
-    assert "--store DB" in caught.value.hint
-    words = ["--store", str(tmp_path / "t.db"), "--serve", "192.0.2.1:9411"]
-    with pytest.raises(StoreError) as caught:
-        main([str(capture), *words])
-    assert "--serve ADDR:PORT" in caught.value.hint
-
-
 @pytest.mark.parametrize(("words", "error", "says"), WRONG)
 def test_what_cannot_be_is_an_error_that_says_why(capture, words, error, says):
     with pytest.raises(error, match=says):
