@@ -118,7 +118,7 @@ def _shown(value: Any) -> Any:
     """Return a value as people write it, without what may be a key."""
     if isinstance(value, Address | Secret):
         return str(value)
-    if isinstance(value, str) and value.startswith(("http:", "https:")):
+    if isinstance(value, str) and value.lower().startswith(("http:", "https:")):
         return value.partition("?")[0]
     return ",".join(sorted(value)) if isinstance(value, frozenset) else value
 
@@ -477,7 +477,7 @@ def _check_backends(config: Config) -> None:
         if getattr(config, backend) is None:
             _need(config, f"--{backend}", f"{backend}_headers_file")
     urls = (config.zipkin or "", config.otlp or "")
-    if not any(url.startswith("https:") for url in urls):
+    if not any(url.lower().startswith("https:") for url in urls):
         _need(config, "an https backend", "tls_ca", "tls_cert", "tls_key")
     if (config.tls_cert is None) != (config.tls_key is None):
         raise UsageError(

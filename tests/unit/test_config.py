@@ -286,6 +286,8 @@ def test_ids_are_not_shared_where_only_otlp_is_spoken(argv, span_ids):
 def test_a_key_in_a_url_is_not_shown():
     made = parse(["--otlp", "https://o/v1/traces?key=hunter2"], {})
     assert "otlp='https://o/v1/traces'" in made.facts()
+    made = parse(["--otlp", "HTTPS://o/v1/traces?key=hunter2", "--tls-ca", "f"], {})
+    assert "hunter2" not in made.facts()
 
 
 def test_facts_name_every_setting():
