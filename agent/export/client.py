@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import urllib3
 from podspan.agent.errors import UsageError
@@ -128,9 +128,10 @@ class Client:
 
     def redacted(self, text: str) -> str:
         """Return a text of the destination's, or of the library's, without secrets."""
-        secrets = [urlsplit(self._url).query]
-        for value in self._headers.get().values():
-            secrets += [value, *re.split(r"[\s=,;]+", value)]
+        secrets = []
+        for value in (urlsplit(self._url).query, *self._headers.get().values()):
+            for form in (value, unquote(value)):
+                secrets += [form, *re.split(r"[\s=,;&]+", form)]
         for secret in sorted(secrets, key=len, reverse=True):
             if len(secret) >= SECRET_LEAST:
                 text = text.replace(secret, "...")

@@ -215,6 +215,26 @@ def test_a_backend_that_asks_for_a_year_gets_minutes_and_holds_up_no_exit(backen
     assert delivery.MAX_RETRY_AFTER_S < 3600
 
 
+def test_a_batch_that_is_given_up_does_not_shorten_the_wait_of_the_next(backend):
+    backend.replies = [Reply(503, headers={"retry-after": "1"})]
+    with exporting(backend.url, batch_spans=1, retry_s=0.1) as exporter:
+        exporter.export(spans(2))
+        wait_for(exporter, failed=1, sent=1)
+    first, second = backend.requests
+    assert second.at_s >= first.at_s + 1 - 0.01
+    assert fates(exporter.counters()) == 2
+
+
+def test_a_backend_that_refuses_now_and_then_is_told_of_once(backend, caplog):
+    caplog.set_level(logging.INFO)
+    backend.replies = [Reply(status) for status in [400, 202] * 5]
+    with exporting(backend.url, batch_spans=1) as exporter:
+        exporter.export(spans(10))
+        wait_for(exporter, sent=5, refused=5)
+    assert len([line for line in caplog.messages if "refuses spans" in line]) == 1
+    assert len([line for line in caplog.messages if "takes spans again" in line]) == 1
+
+
 def test_what_is_too_large_is_halved_until_it_fits(backend):
     backend.most_spans = 3
     with exporting(backend.url, batch_spans=10, batch_delay_s=60.0) as exporter:
@@ -798,6 +818,21 @@ def test_no_secret_is_in_the_log(backend, tmp_path, open_spool, caplog):
         headers.write_text(f"wrong {HIDDEN}")
         until(lambda: "going on as before" in caplog.text)
     assert backend.requests[0].path.endswith(HIDDEN)
+    assert HIDDEN not in caplog.text
+
+
+def test_no_part_of_a_long_secret_is_in_the_log(backend, caplog):
+    token = "".join(f"{number:04x}" for number in range(500))
+    backend.usual = Reply(401, f"invalid token: {token}, key a/{HIDDEN}".encode())
+    destination = Destination(
+        f"{backend.url}?tenant=1&key=a%2F{HIDDEN}",
+        headers={"authorization": f"Bearer {token}"},
+    )
+    with exporting(destination, retry_s=0.05) as exporter:
+        exporter.export(spans(1))
+        wait_for(exporter, failed=1)
+    assert "HTTP 401 invalid token: ..., key ..." in caplog.text
+    assert token[:16] not in caplog.text
     assert HIDDEN not in caplog.text
 
 
