@@ -242,7 +242,7 @@ OPTIONS = (
         "--store-max-size",
         "SIZE",
         2 * 2**30,
-        values.size,
+        values.store_size,
         "forget the oldest traces beyond so much on disk",
         show=values.size_text,
     ),

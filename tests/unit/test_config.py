@@ -212,6 +212,7 @@ def test_what_is_no_sampling_rate(text):
         (["--store-max-age", "0d"], "use a time such as 90s", "--help"),
         (["--store-max-age", "7"], "use a time such as 90s", "--help"),
         (["--store-max-size", "2GB"], "use a size such as 1048576", "--help"),
+        (["--store-max-size", "0"], "use at least 16MiB", "--help"),
         (["--spool-sync", "always"], "use one of never, segment, batch", "--help"),
         (["--json", "-", "--tree"], "both write to standard output", "--json spans"),
     ],
