@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
@@ -347,6 +347,33 @@ def test_an_endless_answer_is_not_read(backend):
         exporter.export(spans(3))
     assert exporter.counters()["sent"] == 3
     assert len(backend.connections) == 3
+
+
+def test_an_answer_that_trickles_holds_up_no_batch():
+    ends = threading.Event()
+
+    def trickle(listener):
+        while True:
+            with listener.accept()[0] as connection, suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 202 ok\r\ncontent-length: 9999\r\n\r\n")
+                while not ends.wait(0.02):
+                    connection.sendall(b"x")
+            if ends.is_set():
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        backend = threading.Thread(target=trickle, args=[listener])
+        backend.start()
+        try:
+            with exporting(url, request_timeout_s=0.2, batch_spans=1) as exporter:
+                exporter.export(spans(2))
+                wait_for(exporter, sent=2)
+        finally:
+            ends.set()
+            socket.create_connection(listener.getsockname()).close()
+            backend.join()
 
 
 def test_an_answer_that_breaks_off_is_an_answer(backend):
