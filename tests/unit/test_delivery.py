@@ -561,7 +561,7 @@ def test_a_half_that_arrived_is_not_sent_again_from_the_spool(backend, open_spoo
 class BadDisk(Spool):
     """Takes nothing while it is full, and nobody's time but its caller's."""
 
-    full = False
+    full: bool | int = False  # a number: for so many batches
     refused = 0
     asked = 0
 
@@ -575,6 +575,8 @@ class BadDisk(Spool):
         self.quick.wait(PATIENCE_S)
         if self.full:
             self.refused += 1
+            if self.full is not True:
+                self.full -= 1
             return False
         return super().append(spans)
 
@@ -624,6 +626,42 @@ def test_a_slow_disk_keeps_the_order_and_holds_up_nobody(backend, open_spool):
             assert not backend.changed.wait_for(lambda: len(backend.ids()) > 10, 0.1)
         spool.quick.set()
         wait_for(exporter, sent=30)
+    assert backend.ids() == list(range(1, 31))
+
+
+def test_what_the_disk_refuses_once_keeps_its_place(backend, open_spool, monkeypatch):
+    monkeypatch.setattr(delivery, "SPOOL_AGAIN_S", 0.01)
+    backend.usual = Reply(503)
+    spool = open_spool(cls=BadDisk)
+    with exporting(backend.url, spool, batch_spans=10) as exporter:
+        exporter.export(spans(10))
+        wait_for(exporter, spool_spans=10)
+        spool.full = 1
+        exporter.export(spans(20, 11))
+        wait_for(exporter, spool_spans=30)
+        assert spool.refused == 1
+        backend.usual = Reply()
+        wait_for(exporter, sent=30)
+    assert backend.ids() == list(range(1, 31))
+
+
+def test_what_is_answered_while_it_goes_to_the_spool_is_not_sent_again(
+    backend, open_spool
+):
+    backend.hang.clear()
+    spool = open_spool(cls=BadDisk)
+    with exporting(backend.url, spool, batch_spans=10, queue_spans=30) as exporter:
+        exporter.export(spans(10))
+        backend.wait(lambda: backend.requests)
+        spool.quick.clear()
+        exporter.export(spans(20, 11))
+        until(lambda: spool.asked)
+        backend.hang.set()
+        # The answer is there, the batch is not yet on the disk.
+        with backend.changed:
+            assert not backend.changed.wait_for(lambda: len(backend.requests) > 1, 0.1)
+        spool.quick.set()
+        wait_for(exporter, sent=30, spool_spans=0)
     assert backend.ids() == list(range(1, 31))
 
 

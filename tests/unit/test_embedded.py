@@ -16,7 +16,7 @@ from podspan.agent.embedded import EmbeddedStore
 from podspan.agent.errors import ExportError
 from podspan.agent.values import Address
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def free_address():
