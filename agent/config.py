@@ -500,8 +500,16 @@ def _need(config: Config, what: str, *fields: str) -> None:
 
 
 def _unknown(word: str) -> UsageError:
-    flags = [option.flag for option in OPTIONS]
-    close = get_close_matches(word.partition("=")[0], flags, 1)
+    # What comes after it may be a secret.
+    word = word.partition("=")[0] if word.startswith("-") else word
+    for option in OPTIONS:
+        if option.secret and option.flag == word:
+            return UsageError(
+                f"{word} would tell a secret to whoever lists processes",
+                f"set {option.variable}, or use {word}-file",
+            )
+    flags = [option.flag for option in OPTIONS if not option.secret]
+    close = get_close_matches(word, flags, 1)
     hint = f"did you mean {close[0]}? " if close else ""
     kind = "option" if word.startswith("-") else "argument"
     return UsageError(

@@ -251,8 +251,21 @@ def test_secrets_come_by_variable_only_and_are_shown_nowhere():
     assert made.otlp_headers == Secret("authorization=Bearer hunter2")
     assert "hunter2" not in made.facts() + repr(made)
     assert "otlp_headers='(set)'" in made.facts()
-    with pytest.raises(UsageError, match="unknown option '--otlp-headers'"):
-        parse(["--otlp-headers", "authorization=Bearer hunter2"], {})
+
+
+@pytest.mark.parametrize(
+    ("argv", "said", "hint"),
+    [
+        (["--otlp-headers", "a=hunter2"], "lists processes", "PODSPAN_OTLP_HEADERS,"),
+        (["--otlp-headers=a=hunter2"], "lists processes", "--otlp-headers-file"),
+        (["--otlp-header=a=hunter2"], "option '--otlp-header'$", "-headers-file?"),
+    ],
+)
+def test_a_secret_among_the_arguments_is_not_repeated(argv, said, hint):
+    with pytest.raises(UsageError, match=said) as caught:
+        parse(argv, {})
+    assert hint in caught.value.hint
+    assert "hunter2" not in str(caught.value) + caught.value.hint
 
 
 @pytest.mark.parametrize(
