@@ -76,7 +76,13 @@ class EmbeddedStore:
                 f"cannot keep traces in {folder}: {exc.strerror}",
                 "name a folder that root may write: --data-dir",
             ) from exc
-        self._process = self._start()
+        try:
+            self._process = self._start()
+        except OSError as exc:
+            raise ExportError(
+                f"cannot start the embedded store: {exc.strerror}",
+                "is there memory, and a process to be had?",
+            ) from exc
         self._wait_until_ready()
         log.info("traces are kept and shown: url=%s folder=%s", self.url, folder)
 
@@ -85,20 +91,16 @@ class EmbeddedStore:
         code = self._process.poll()
         if code is None:
             return
-        now_s = time.monotonic()
         if not self._start_at_s:
-            log.warning(
-                "the embedded store ended: code=%d again_in_s=%g "
-                "hint='spans wait in the spool'",
-                code,
-                self._backoff_s,
-            )
-            self._start_at_s = now_s + self._backoff_s
-            self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
-        elif now_s >= self._start_at_s:
-            self._start_at_s = 0.0
-            self.restarts += 1
-            self._process = self._start()
+            self._put_off(f"ended: code={code}")
+        elif time.monotonic() >= self._start_at_s:
+            try:
+                self._process = self._start()
+            except OSError as exc:  # no memory, no process: no reason to end the agent
+                self._put_off(f"cannot be started: error={exc.strerror!r}")
+            else:
+                self._start_at_s = 0.0
+                self.restarts += 1
 
     def close(self) -> None:
         """End it, after what it has taken is on disk."""
@@ -109,6 +111,15 @@ class EmbeddedStore:
             log.warning("the embedded store did not end in %g s: killed", STOP_S)
             self._process.kill()
             self._process.wait()
+
+    def _put_off(self, why: str) -> None:
+        log.warning(
+            "the embedded store %s again_in_s=%g hint='spans wait in the spool'",
+            why,
+            self._backoff_s,
+        )
+        self._start_at_s = time.monotonic() + self._backoff_s
+        self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
 
     def _start(self) -> subprocess.Popen[bytes]:
         # A group of its own: Ctrl-C is for the agent, which ends this after its spans.

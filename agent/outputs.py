@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 # How long the exporters together may go on after the signal.
 DRAIN_S = 5.0
 
-# Counters of an exporter that are losses.
+# Counters of an exporter that are losses. What the spool's disk does not take is none:
+# it stays in the queue, and is counted as dropped or failed if it comes to that.
 LOSSES = (
     "dropped",
     "failed",
@@ -43,7 +44,6 @@ LOSSES = (
     "spool_dropped",
     "spool_torn",
     "spool_lost",
-    "spool_failed",
 )
 
 SPOOLS = "spool"

@@ -1,5 +1,6 @@
 """The embedded store as a child: started, missed, started again, ended."""
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from podspan.agent.embedded import EmbeddedStore
 from podspan.agent.errors import ExportError
 from podspan.agent.values import Address
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def free_address():
@@ -74,6 +75,32 @@ def test_it_is_started_again_after_it_died(tmp_path, monkeypatch, caplog):
         wait_for(back)
         assert store.restarts == 1
     assert "the embedded store ended: code=-9" in caplog.text
+
+
+def test_a_node_without_a_process_to_spare_starts_it_later(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(embedded, "FIRST_BACKOFF_S", 0.05)
+    with closing(started(tmp_path)) as store:
+        os.kill(store._process.pid, signal.SIGKILL)
+        store._process.wait()
+        start = store._start
+        failures = [OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))]
+
+        def start_or_fail():
+            if failures:
+                raise failures.pop()
+            return start()
+
+        monkeypatch.setattr(store, "_start", start_or_fail)
+
+        def back():
+            store.tick()
+            return is_up(store)
+
+        wait_for(back)
+        assert store.restarts == 1
+    assert "cannot be started: error='Resource temporarily unavail" in caplog.text
 
 
 def test_a_port_that_is_taken_is_an_error_with_a_way_out(tmp_path, capfd):
