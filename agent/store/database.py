@@ -265,8 +265,14 @@ class Database:
 
     def expire(self) -> None:
         """Remove the oldest traces until age and size are as they should be."""
-        cutoff_s = time.time() - self._max_age_s
-        while self._expire_step(lambda db: retention.expire_older(db, cutoff_s)):
+        now_s = time.time()
+        cutoff_s = now_s - self._max_age_s
+
+        def expire_older(db: Connection) -> retention.Expired:
+            retention.date_back(db, now_s)
+            return retention.expire_older(db, cutoff_s)
+
+        while self._expire_step(expire_older):
             pass
         while self._bytes()[1] > self._room_bytes:
             if not self._expire_step(retention.expire_oldest):
@@ -293,8 +299,9 @@ class Database:
         """Forget the names that are older than every trace; once an hour, perhaps."""
         with self._file.reading() as db:
             oldest = db.execute("SELECT arrived_s FROM traces ORDER BY no LIMIT 1")
-            (arrived_s,) = oldest.fetchone() or (time.time(),)
-        hour = hour_of(arrived_s)
+            now_s = time.time()
+            (arrived_s,) = oldest.fetchone() or (now_s,)
+        hour = hour_of(min(arrived_s, now_s))  # the clock may have been ahead
         if hour == self._names_since:
             return
         with self._turn, self._file.writing("expire names in") as db:
@@ -310,7 +317,7 @@ class Database:
     def _settle_step(self, quiet_s: float) -> bool:
         """Settle a few traces; tell whether there were any."""
         with self._file.reading() as db:
-            settled = settle.work_out(db, time.time() - quiet_s, SETTLE_TRACES)
+            settled = settle.work_out(db, time.time(), quiet_s, SETTLE_TRACES)
         if settled:
             with self._file.writing("store links in") as db:
                 settle.record(db, settled)

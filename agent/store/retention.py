@@ -11,6 +11,9 @@ from itertools import pairwise
 
 from podspan.agent.store.sqlite import Connection
 
+# A clock that was ahead by less makes no difference that anybody notices.
+AHEAD_S = 3600
+
 # A step ends with the trace that makes so many spans, some milliseconds.
 STEP_SPANS = 2000
 
@@ -24,6 +27,18 @@ class Expired:
 
     def __add__(self, other: Expired) -> Expired:
         return Expired(self.traces + other.traces, self.spans + other.spans)
+
+
+def date_back(db: Connection, now_s: float) -> None:
+    """Let the oldest have arrived now where it arrived in the future.
+
+    The clock was ahead then. What came after it would not expire until it does.
+    """
+    oldest = db.execute("SELECT arrived_s FROM traces ORDER BY no LIMIT 1").fetchone()
+    if oldest and oldest[0] > now_s + AHEAD_S:
+        db.execute(
+            "UPDATE traces SET arrived_s = ?1 WHERE arrived_s > ?1", (int(now_s),)
+        )
 
 
 def expire_older(db: Connection, arrived_before_s: float) -> Expired:

@@ -40,7 +40,7 @@ EXACT_TRACES = 1000
 UNSETTLED = """
 SELECT unsettled.trace, unsettled.upto, traces.linked_upto
 FROM unsettled JOIN traces ON traces.no = unsettled.trace
-WHERE unsettled.seen_s <= ? ORDER BY unsettled.trace LIMIT ?
+WHERE unsettled.seen_s NOT BETWEEN ? AND ? ORDER BY unsettled.trace LIMIT ?
 """
 NEVER_SETTLED = """
 SELECT traces.no FROM unsettled JOIN traces ON traces.no = unsettled.trace
@@ -73,9 +73,14 @@ class Settled:
     summary: bytes | None
 
 
-def work_out(db: Connection, seen_before_s: float, at_most: int) -> list[Settled]:
-    """Read quiet traces that are not settled, and work out what they add."""
-    rows = db.execute(UNSETTLED, (seen_before_s, at_most)).fetchall()
+def work_out(
+    db: Connection, now_s: float, quiet_s: float, at_most: int
+) -> list[Settled]:
+    """Read traces quiet for so long that are not settled; work out what they add.
+
+    What was seen in the future is quiet, too: the clock was ahead then.
+    """
+    rows = db.execute(UNSETTLED, (now_s - quiet_s, now_s + quiet_s, at_most)).fetchall()
     return [_work_out(db, *row) for row in rows]
 
 

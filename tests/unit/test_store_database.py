@@ -455,6 +455,31 @@ def test_what_arrived_long_ago_expires(tmp_path):
         assert (counts["spans"], counts["expired_spans"]) == (1, 1)
 
 
+def test_a_clock_that_was_ahead_does_not_keep_traces_for_ever(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path, max_age_s=3600) as database:
+        database.add([span(1, 1, "a")])
+        database.add([span(2, 1, "b")])
+        make_older(path, f"{1:016x}", -365 * 86400)
+        make_older(path, f"{2:016x}", 3601)
+        database.expire()
+        assert database.services() == ["a", "b"]
+        make_older(path, f"{1:016x}", 3601)  # an hour after the clock was set
+        database.expire()
+        assert database.counts()["traces"] == 0
+
+
+def test_a_clock_that_was_ahead_does_not_keep_links_back(tmp_path, monkeypatch):
+    path = tmp_path / "traces.db"
+    monkeypatch.setattr("podspan.agent.store.settle.EXACT_TRACES", 0)
+    with opened(path) as database:
+        database.add(call(1))
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE unsettled SET seen_s = seen_s + 1e6")
+        database.settle(quiet_s=5)
+        assert edges(database) == [("a", "b", 1, 0)]
+
+
 def test_a_span_that_comes_after_its_trace_expired_begins_a_new_one(tmp_path):
     path = tmp_path / "traces.db"
     with opened(path, max_age_s=3600) as database:
