@@ -11,6 +11,8 @@ ZipkinHttpCollector of Zipkin 3). Other than there, on purpose:
 
 - No site's pages but our own may read or write (origin.py); a body has to be declared
   JSON or protobuf, because a form or text/plain could be sent by any page.
+- An answer of several traces ends with the one that makes 100,000 spans, and so does
+  a trace (search.py): memory is bounded.
 - 405 tells the methods that there are; 413 and 415 are not 500 or 202.
 """
 

@@ -17,12 +17,11 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 from podspan.agent.errors import StoreError
 from podspan.agent.store import ingest, retention, search, settle
@@ -35,8 +34,6 @@ from podspan.agent.store.summary import Summary
 from podspan.agent.store.zipkin_v2 import ZipkinSpan
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # How often the database's own thread looks for something to do.
 REST_S = 1.0
@@ -183,23 +180,20 @@ class Database:
         return next(iter(self.many([trace_id])), [])
 
     def many(self, trace_ids: Sequence[str]) -> list[list[ZipkinSpan]]:
-        """Return those of the traces that are known."""
+        """Return those of the traces that are known, as far as one answer may go."""
         with self._file.reading() as db:
             found = (_trace_no(db, trace_id) for trace_id in dict.fromkeys(trace_ids))
-            return [search.spans_of(db, no) for no in found if no is not None]
+            return search.answer_of(db, (no for no in found if no is not None))
 
     def traces(self, query: Query) -> list[list[ZipkinSpan]]:
-        """Return the traces that match, the latest start first."""
-        return self._search(query, search.spans_of)
+        """Return the traces that match, the latest start first, as far as `many`."""
+        with self._file.reading() as db:
+            return search.answer_of(db, _found(db, query))
 
     def summaries(self, query: Query) -> list[Summary]:
         """Return what `traces` does, in short."""
-        return self._search(query, settle.summary_of)
-
-    def _search(self, query: Query, read: Callable[[Connection, int], T]) -> list[T]:
         with self._file.reading() as db:
-            found = islice(search.found(db, query), min(query.limit, sys.maxsize))
-            return [read(db, trace) for trace in found]
+            return [settle.summary_of(db, trace) for trace in _found(db, query)]
 
     def services(self) -> list[str]:
         """Return the names of the services that have spans, sorted."""
@@ -345,6 +339,10 @@ class Database:
         self._closing.set()
         self._thread.join()
         self._file.close()
+
+
+def _found(db: Connection, query: Query) -> Iterator[int]:
+    return islice(search.found(db, query), min(query.limit, sys.maxsize))
 
 
 def _names(db: Connection) -> Names:

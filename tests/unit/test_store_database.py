@@ -311,6 +311,33 @@ def test_a_window_counts_its_traces_only(database, monkeypatch):
     assert calls(3600, 60) == 1
 
 
+def test_a_window_of_few_large_traces_is_answered_from_sums(database, monkeypatch):
+    monkeypatch.setattr("podspan.agent.store.settle.EXACT_SPANS", 3)
+    for number in (1, 2):
+        database.add(call(number))
+    assert edges(database) == [("a", "b", 1, 0)]  # as many as is read of the unsettled
+    database.settle(quiet_s=0)
+    assert edges(database) == [("a", "b", 2, 0)]
+
+
+def test_what_is_read_for_an_answer_is_bounded(database, monkeypatch):
+    monkeypatch.setattr("podspan.agent.store.search.MOST_SPANS", 10)
+    monkeypatch.setattr("podspan.agent.store.settle.MOST_SPANS", 10)
+    for number in range(1, 13):
+        database.add([span(1, number)])
+    database.add([span(2, number) for number in range(1, 7)])
+    database.add([span(3, number, timestamp=NOW_US + 1) for number in range(1, 7)])
+    assert len(database.trace(f"{1:016x}")) == 10
+    assert [len(trace) for trace in database.traces(everything())] == [6, 6]
+    ids = [f"{number:016x}" for number in (3, 1, 2)]
+    assert [len(trace) for trace in database.many(ids)] == [6, 10]
+    database.settle(quiet_s=0)
+    database.add(call(1))  # behind what is read
+    database.settle(quiet_s=0)
+    assert edges(database) == []
+    assert database.counts()["spans"] == 26
+
+
 def test_a_summary_tells_what_a_list_shows(database):
     client, server = call(1, duration_us=90, tags={"error": "500"})
     client |= {"duration": 100, "name": "get", "tags": {"http.method": "GET", "x": "y"}}
