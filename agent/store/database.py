@@ -267,13 +267,14 @@ class Database:
             return retention.expire_older(db, cutoff_s)
 
         while self._expire_step(expire_older):
-            pass
+            if self._closing.is_set():
+                return
         while self._bytes()[1] > self._room_bytes:
-            if not self._expire_step(retention.expire_oldest):
+            if self._closing.is_set() or not self._expire_step(retention.expire_oldest):
                 break
         self._forget_names()
         total, used = self._bytes()
-        while total > max(self._room_bytes, used):
+        while total > max(self._room_bytes, used) and not self._closing.is_set():
             self._file.shrink()
             total, used = self._bytes()
         self._file.truncate_log()
@@ -329,10 +330,11 @@ class Database:
                 if self._settle_step(settle.QUIET_S):
                     rest_s = IDLE * (time.monotonic() - begun_s)
                 trouble = ""
-            except StoreError as exc:
+            except Exception as exc:  # goes on: else the disk would fill
                 if str(exc) != trouble:
                     trouble = str(exc)
-                    log.warning("%s", trouble)
+                    expected = isinstance(exc, StoreError)
+                    log.warning("%s", trouble, exc_info=not expected)
 
     def close(self) -> None:
         """End the thread, and close the file; once more does nothing."""

@@ -117,6 +117,9 @@ class File:
         self._idle: list[sqlite3.Connection] = []  # connections to read
         self._closed = False
         self._writer: sqlite3.Connection | None = None
+        with suppress(OSError):  # SQLite says better what is wrong
+            # For its owner only: its log, too, gets this mode.
+            path.touch(mode=0o600, exist_ok=False)
         with self._translated("open"):
             self._writer = self._connect()
             self._prepare(self._writer, max_bytes)
@@ -234,13 +237,10 @@ class File:
 
     def bytes_on_disk(self) -> int:
         """Return the size of the database and its log."""
-        return self.path.stat().st_size + self._log_bytes()
+        return _size_of(self.path) + self._log_bytes()
 
     def _log_bytes(self) -> int:
-        try:
-            return Path(f"{self.path}-wal").stat().st_size
-        except FileNotFoundError:
-            return 0
+        return _size_of(Path(f"{self.path}-wal"))
 
     def close(self) -> None:
         """Write the log back, and let go of the file; once more does nothing."""
@@ -260,6 +260,13 @@ class File:
             yield
         except sqlite3.Error as exc:
             raise StoreError(f"cannot {doing} {self.path}: {exc}", _hint(exc)) from exc
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # removed under us
+        return 0
 
 
 def _is_empty(db: Connection) -> bool:

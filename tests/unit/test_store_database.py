@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
@@ -541,6 +542,61 @@ def test_the_oldest_traces_leave_room_for_new_ones_whole(tmp_path):
         assert len(database.traces(asked)) == counts["traces"]
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_housekeeping_outlives_what_it_cannot_read(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("podspan.agent.store.settle.QUIET_S", 0)
+    monkeypatch.setattr("podspan.agent.store.database.REST_S", 0.01)
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add([span(1, 1)])
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE chunks SET payload = 'torn'")
+            db.execute("INSERT OR REPLACE INTO unsettled VALUES (1, 1, 0)")
+        wait_until(lambda: caplog.records)
+        make_older(path, f"{1:016x}", 8 * 86400)
+        wait_until(lambda: database.counts()["traces"] == 0)
+
+
+def wait_until(condition):
+    give_up_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+
+
+def test_closing_does_not_wait_until_all_is_expired(tmp_path, monkeypatch):
+    monkeypatch.setattr("podspan.agent.store.retention.STEP_SPANS", 1)
+    monkeypatch.setattr("podspan.agent.store.database.REST_S", 0.01)
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add([span(number, 1) for number in range(1, 20_001)])
+    with opened(path, max_age_s=-1) as database:
+        wait_until(lambda: database.counts()["expired_traces"])
+    assert database.counts()["traces"] > 0
+
+
+def test_it_is_for_its_owner_only(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add([span()])
+        modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o600}, modes
+
+
+def test_counting_does_without_a_file_that_was_removed(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add([span()])
+        for file in tmp_path.iterdir():
+            file.unlink()
+        assert database.counts() == {
+            "spans": 1,
+            "traces": 1,
+            "expired_spans": 0,
+            "expired_traces": 0,
+            "bytes": 0,
+        }
 
 
 @contextmanager
