@@ -115,6 +115,7 @@ class Api:
         self._large = threading.Lock()
         self._services = 0
         self._counts = Counts()
+        self._trouble = ""
         self._routes = self._all_routes()
 
     def _all_routes(self) -> dict[str, dict[str, Handler]]:
@@ -152,7 +153,7 @@ class Api:
         except Refusal as exc:
             response = _text(exc.status, exc.reason, exc.headers)
         except StoreError as exc:
-            log.warning("store: %s", exc)
+            self._tell(str(exc))
             response = _text(HTTPStatus.SERVICE_UNAVAILABLE, str(exc))
         except Exception:
             log.exception("store: an answer failed")
@@ -167,6 +168,12 @@ class Api:
         ]
         start_response(f"{int(status)} {status.phrase}", headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [response.body]
+
+    def _tell(self, trouble: str) -> None:
+        """Log it once: on a full disk, senders try again and again."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.warning("store: %s", trouble)
 
     def _answer(self, environ: Mapping[str, Any]) -> Response:
         request = Request(environ)
@@ -213,6 +220,7 @@ class Api:
             spans = _parsed(body, content_type) if body else []
             if spans:
                 self._database.add(spans)
+                self._trouble = ""
         self._counts.add("spans_received_total", len(spans))
         return Response(status=HTTPStatus.ACCEPTED, content_type=PLAIN_TEXT)
 

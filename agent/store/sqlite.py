@@ -287,7 +287,7 @@ def _hint(error: sqlite3.Error) -> str:
     return {
         "SQLITE_NOTADB": "give another file with --data",
         "SQLITE_CANTOPEN": "the folder has to exist and be writable",
-        "SQLITE_FULL": "free some space, or lower --max-size",
+        "SQLITE_FULL": "free some space",
         "SQLITE_READONLY": "file and folder have to be writable",
         "SQLITE_READONLY_DIRECTORY": "the folder has to be writable",
         "SQLITE_CORRUPT": "move the file away: a new one is made",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -278,6 +279,17 @@ def test_a_taken_port_is_one_line_and_a_hint(tmp_path):
     lines = said.splitlines()
     assert str(port) in lines[-2]
     assert "--listen" in lines[-1]
+
+
+def test_a_file_may_become_no_larger_than_the_disk(tmp_path, caplog):
+    data = tmp_path / "traces.db"
+    disk = shutil.disk_usage(tmp_path).total
+    assert command._room(data, command.MIN_SIZE) == command.MIN_SIZE
+    assert not caplog.records
+    assert command.MIN_SIZE <= command._room(data, 1 << 62) <= disk
+    assert "less than --max-size" in caplog.text
+    data.write_bytes(bytes(1 << 20))  # what is there already may stay
+    assert command._room(data, 1 << 62) <= disk
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
