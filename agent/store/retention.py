@@ -14,6 +14,9 @@ from podspan.agent.store.sqlite import Connection
 # A clock that was ahead by less makes no difference that anybody notices.
 AHEAD_S = 3600
 
+# Names are worth a search for those that are not needed from so many on.
+MANY_SERVICES = 10_000
+
 # A step ends with the trace that makes so many spans, some milliseconds.
 STEP_SPANS = 2000
 
@@ -82,3 +85,14 @@ def _drop_empty_parts(db: Connection) -> None:
         db.execute(f"DROP TABLE words_{part}")
         db.execute("DELETE FROM parts WHERE part = ?", (part,))
         db.execute("DELETE FROM edges WHERE part = ?", (part,))
+        _forget_services(db)
+
+
+def _forget_services(db: Connection) -> None:
+    """Forget the services without edges, where there are many."""
+    (count,) = db.execute("SELECT count(*) FROM services").fetchone()
+    if count > MANY_SERVICES:
+        db.execute(
+            "DELETE FROM services WHERE no NOT IN"
+            " (SELECT parent FROM edges UNION SELECT child FROM edges)"
+        )

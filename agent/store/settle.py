@@ -26,6 +26,9 @@ from podspan.agent.store.zipkin_v2 import ZipkinSpan, merge
 # A trace is settled when nothing came for so long.
 QUIET_S = 5.0
 
+# A step ends with the trace that makes so many spans: closing waits for it.
+STEP_SPANS = 10_000
+
 # The sums are kept by the minute, and by the hour for windows of days.
 MINUTE_US = 60 * 1_000_000
 HOUR_US = 60 * MINUTE_US
@@ -39,7 +42,7 @@ EXACT_TRACES = 1000
 EXACT_SPANS = 20_000
 
 UNSETTLED = """
-SELECT unsettled.trace, unsettled.upto, traces.linked_upto
+SELECT unsettled.trace, unsettled.upto, traces.linked_upto, traces.spans
 FROM unsettled JOIN traces ON traces.no = unsettled.trace
 WHERE unsettled.seen_s NOT BETWEEN ? AND ? ORDER BY unsettled.trace LIMIT ?
 """
@@ -82,7 +85,14 @@ def work_out(
     What was seen in the future is quiet, too: the clock was ahead then.
     """
     rows = db.execute(UNSETTLED, (now_s - quiet_s, now_s + quiet_s, at_most)).fetchall()
-    return [_work_out(db, *row) for row in rows]
+    settled = []
+    left = STEP_SPANS
+    for trace, upto, linked_upto, spans in rows:
+        settled.append(_work_out(db, trace, upto, linked_upto))
+        left -= spans
+        if left <= 0:
+            break
+    return settled
 
 
 def record(db: Connection, settled: Iterable[Settled]) -> None:

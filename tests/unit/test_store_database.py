@@ -508,6 +508,25 @@ def test_a_clock_that_was_ahead_does_not_keep_links_back(tmp_path, monkeypatch):
         assert edges(database) == [("a", "b", 1, 0)]
 
 
+def test_services_that_nothing_is_left_of_take_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "PART_TRACES", 2)
+    monkeypatch.setattr("podspan.agent.store.retention.MANY_SERVICES", 3)
+    path = tmp_path / "traces.db"
+    with opened(path, max_age_s=3600) as database:
+        for number in range(1, 7):
+            client, server = call(number)
+            server["localEndpoint"] = {"serviceName": f"s{number}"}
+            database.add([client, server])
+        database.settle(quiet_s=0)
+        for number in range(1, 5):
+            make_older(path, f"{number:016x}", 3601)
+        database.expire()
+        with closing(sqlite3.connect(path)) as db:
+            names = {name for (name,) in db.execute("SELECT name FROM services")}
+        assert names == {"a", "s5", "s6"}
+        assert edges(database) == [("a", "s5", 1, 0), ("a", "s6", 1, 0)]
+
+
 def test_a_span_that_comes_after_its_trace_expired_begins_a_new_one(tmp_path):
     path = tmp_path / "traces.db"
     with opened(path, max_age_s=3600) as database:
