@@ -140,5 +140,8 @@ def _listen(address: tuple[str, int]) -> socket.socket:
     except (OSError, OverflowError) as exc:
         hint = ""
         if isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
-            hint = "another store or Zipkin is there: choose another --listen ADDR:PORT"
+            hint = (
+                "another store or Zipkin is there: choose another ADDR:PORT, with "
+                "--listen, or --serve of podspan replay"
+            )
         raise StoreError(f"cannot listen on {host}, port {port}: {exc}", hint) from exc

@@ -164,14 +164,14 @@ class File:
         if application_id != APPLICATION_ID:
             raise StoreError(
                 f"{self.path} is another program's database",
-                "give another file with --data",
+                "give another file",
             )
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"{self.path} was written by a newer podspan (schema {version},"
                 f" this one knows {SCHEMA_VERSION})",
-                "use that version, or give another file with --data",
+                "use that version, or give another file",
             )
 
     @contextmanager
@@ -285,7 +285,7 @@ def bytes_of(db: Connection) -> tuple[int, int]:
 def _hint(error: sqlite3.Error) -> str:
     """Return what to do about it."""
     return {
-        "SQLITE_NOTADB": "give another file with --data",
+        "SQLITE_NOTADB": "give another file",
         "SQLITE_CANTOPEN": "the folder has to exist and be writable",
         "SQLITE_FULL": "free some space",
         "SQLITE_READONLY": "file and folder have to be writable",
