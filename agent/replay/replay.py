@@ -65,14 +65,14 @@ class Replay:
         self._packets = 0
         self._exchanges = 0
         self._spans = 0
-        self.first_ns = 0  # time of the first packet, and of the last
+        self.first_ns = 0  # the earliest time of a packet, and the latest
         self.last_ns = 0
 
     def packet(self, packet: Packet) -> None:
         """Take the next packet."""
         at_ns = packet.at_ns
         self._packets += 1
-        self.first_ns = self.first_ns or at_ns
+        self.first_ns = min(self.first_ns or at_ns, at_ns)
         self.last_ns = max(self.last_ns, at_ns)
         segment = segment_of(packet.link_type, packet.data, packet.wire_length)
         if isinstance(segment, str):

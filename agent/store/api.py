@@ -11,6 +11,8 @@ ZipkinHttpCollector of Zipkin 3). Other than there, on purpose:
 
 - No site's pages but our own may read or write (origin.py); a body has to be declared
   JSON or protobuf, because a form or text/plain could be sent by any page.
+- An answer of several traces ends with the one that makes 100,000 spans, and so does
+  a trace (search.py): memory is bounded.
 - 405 tells the methods that there are; 413 and 415 are not 500 or 202.
 """
 
@@ -113,6 +115,7 @@ class Api:
         self._large = threading.Lock()
         self._services = 0
         self._counts = Counts()
+        self._trouble = ""
         self._routes = self._all_routes()
 
     def _all_routes(self) -> dict[str, dict[str, Handler]]:
@@ -150,7 +153,7 @@ class Api:
         except Refusal as exc:
             response = _text(exc.status, exc.reason, exc.headers)
         except StoreError as exc:
-            log.warning("store: %s", exc)
+            self._tell(str(exc))
             response = _text(HTTPStatus.SERVICE_UNAVAILABLE, str(exc))
         except Exception:
             log.exception("store: an answer failed")
@@ -165,6 +168,12 @@ class Api:
         ]
         start_response(f"{int(status)} {status.phrase}", headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [response.body]
+
+    def _tell(self, trouble: str) -> None:
+        """Log it once: on a full disk, senders try again and again."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.warning("store: %s", trouble)
 
     def _answer(self, environ: Mapping[str, Any]) -> Response:
         request = Request(environ)
@@ -211,6 +220,7 @@ class Api:
             spans = _parsed(body, content_type) if body else []
             if spans:
                 self._database.add(spans)
+                self._trouble = ""
         self._counts.add("spans_received_total", len(spans))
         return Response(status=HTTPStatus.ACCEPTED, content_type=PLAIN_TEXT)
 

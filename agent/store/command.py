@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from contextlib import closing
@@ -61,9 +62,8 @@ def _run(options: argparse.Namespace, stop: Stop) -> None:
 
     ready_file = ready_path(options.ready_file)
     _make_folder(options.data.parent)
-    database = Database(
-        options.data, max_age_s=options.max_age, max_bytes=options.max_size
-    )
+    max_bytes = _room(options.data, options.max_size)
+    database = Database(options.data, max_age_s=options.max_age, max_bytes=max_bytes)
     with closing(database):
         listen = options.listen
         with closing(StoreServer(database, (listen.host, listen.port))) as server:
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, stop: Stop) -> None:
                 Address(listen.host, server.port),
                 options.data,
                 options.max_age,
-                options.max_size,
+                max_bytes,
                 os.getpid(),
             )
             server.start()
@@ -125,7 +125,8 @@ def _parser() -> _Parser:
         metavar="SIZE",
         type=values.store_size,
         default=MAX_SIZE,
-        help=f"forget the oldest beyond so much on disk: 500MiB, 2GiB ({MAX_SIZE})",
+        help="forget the oldest beyond so much on disk, or what it has room for: "
+        f"500MiB, 2GiB ({MAX_SIZE})",
     )
     parser.add_argument(
         "--ready-file",
@@ -157,6 +158,25 @@ def _make_folder(folder: Path) -> None:
             f"cannot make {folder}: {exc.strerror}",
             "--data FILE chooses another place",
         ) from exc
+
+
+def _room(data: Path, max_size: int) -> int:
+    """Return how large the file may become: less than asked if the disk is smaller.
+
+    On a full disk SQLite cannot even remove; so what is old has to go before.
+    """
+    log_file = data.with_name(f"{data.name}-wal")
+    try:
+        there = sum(file.stat().st_size for file in (data, log_file) if file.exists())
+        room = max(there + shutil.disk_usage(data.parent).free, values.MIN_STORE_SIZE)
+    except OSError:  # whoever opens it tells why
+        return max_size
+    if room >= max_size:
+        return max_size
+    log.warning(
+        "the disk has less than --max-size: max_bytes=%d instead of %d", room, max_size
+    )
+    return room
 
 
 def _end_with_parent() -> None:

@@ -17,12 +17,11 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 from podspan.agent.errors import StoreError
 from podspan.agent.store import ingest, retention, search, settle
@@ -35,8 +34,6 @@ from podspan.agent.store.summary import Summary
 from podspan.agent.store.zipkin_v2 import ZipkinSpan
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # How often the database's own thread looks for something to do.
 REST_S = 1.0
@@ -183,23 +180,20 @@ class Database:
         return next(iter(self.many([trace_id])), [])
 
     def many(self, trace_ids: Sequence[str]) -> list[list[ZipkinSpan]]:
-        """Return those of the traces that are known."""
+        """Return those of the traces that are known, as far as one answer may go."""
         with self._file.reading() as db:
             found = (_trace_no(db, trace_id) for trace_id in dict.fromkeys(trace_ids))
-            return [search.spans_of(db, no) for no in found if no is not None]
+            return search.answer_of(db, (no for no in found if no is not None))
 
     def traces(self, query: Query) -> list[list[ZipkinSpan]]:
-        """Return the traces that match, the latest start first."""
-        return self._search(query, search.spans_of)
+        """Return the traces that match, the latest start first, as far as `many`."""
+        with self._file.reading() as db:
+            return search.answer_of(db, _found(db, query))
 
     def summaries(self, query: Query) -> list[Summary]:
         """Return what `traces` does, in short."""
-        return self._search(query, settle.summary_of)
-
-    def _search(self, query: Query, read: Callable[[Connection, int], T]) -> list[T]:
         with self._file.reading() as db:
-            found = islice(search.found(db, query), min(query.limit, sys.maxsize))
-            return [read(db, trace) for trace in found]
+            return [settle.summary_of(db, trace) for trace in _found(db, query)]
 
     def services(self) -> list[str]:
         """Return the names of the services that have spans, sorted."""
@@ -265,15 +259,22 @@ class Database:
 
     def expire(self) -> None:
         """Remove the oldest traces until age and size are as they should be."""
-        cutoff_s = time.time() - self._max_age_s
-        while self._expire_step(lambda db: retention.expire_older(db, cutoff_s)):
-            pass
+        now_s = time.time()
+        cutoff_s = now_s - self._max_age_s
+
+        def expire_older(db: Connection) -> retention.Expired:
+            retention.date_back(db, now_s)
+            return retention.expire_older(db, cutoff_s)
+
+        while self._expire_step(expire_older):
+            if self._closing.is_set():
+                return
         while self._bytes()[1] > self._room_bytes:
-            if not self._expire_step(retention.expire_oldest):
+            if self._closing.is_set() or not self._expire_step(retention.expire_oldest):
                 break
         self._forget_names()
         total, used = self._bytes()
-        while total > max(self._room_bytes, used):
+        while total > max(self._room_bytes, used) and not self._closing.is_set():
             self._file.shrink()
             total, used = self._bytes()
         self._file.truncate_log()
@@ -293,8 +294,9 @@ class Database:
         """Forget the names that are older than every trace; once an hour, perhaps."""
         with self._file.reading() as db:
             oldest = db.execute("SELECT arrived_s FROM traces ORDER BY no LIMIT 1")
-            (arrived_s,) = oldest.fetchone() or (time.time(),)
-        hour = hour_of(arrived_s)
+            now_s = time.time()
+            (arrived_s,) = oldest.fetchone() or (now_s,)
+        hour = hour_of(min(arrived_s, now_s))  # the clock may have been ahead
         if hour == self._names_since:
             return
         with self._turn, self._file.writing("expire names in") as db:
@@ -310,7 +312,7 @@ class Database:
     def _settle_step(self, quiet_s: float) -> bool:
         """Settle a few traces; tell whether there were any."""
         with self._file.reading() as db:
-            settled = settle.work_out(db, time.time() - quiet_s, SETTLE_TRACES)
+            settled = settle.work_out(db, time.time(), quiet_s, SETTLE_TRACES)
         if settled:
             with self._file.writing("store links in") as db:
                 settle.record(db, settled)
@@ -328,16 +330,21 @@ class Database:
                 if self._settle_step(settle.QUIET_S):
                     rest_s = IDLE * (time.monotonic() - begun_s)
                 trouble = ""
-            except StoreError as exc:
+            except Exception as exc:  # goes on: else the disk would fill
                 if str(exc) != trouble:
                     trouble = str(exc)
-                    log.warning("%s", trouble)
+                    expected = isinstance(exc, StoreError)
+                    log.warning("%s", trouble, exc_info=not expected)
 
     def close(self) -> None:
         """End the thread, and close the file; once more does nothing."""
         self._closing.set()
         self._thread.join()
         self._file.close()
+
+
+def _found(db: Connection, query: Query) -> Iterator[int]:
+    return islice(search.found(db, query), min(query.limit, sys.maxsize))
 
 
 def _names(db: Connection) -> Names:

@@ -11,6 +11,12 @@ from itertools import pairwise
 
 from podspan.agent.store.sqlite import Connection
 
+# A clock that was ahead by less makes no difference that anybody notices.
+AHEAD_S = 3600
+
+# Names are worth a search for those that are not needed from so many on.
+MANY_SERVICES = 10_000
+
 # A step ends with the trace that makes so many spans, some milliseconds.
 STEP_SPANS = 2000
 
@@ -24,6 +30,18 @@ class Expired:
 
     def __add__(self, other: Expired) -> Expired:
         return Expired(self.traces + other.traces, self.spans + other.spans)
+
+
+def date_back(db: Connection, now_s: float) -> None:
+    """Let the oldest have arrived now where it arrived in the future.
+
+    The clock was ahead then. What came after it would not expire until it does.
+    """
+    oldest = db.execute("SELECT arrived_s FROM traces ORDER BY no LIMIT 1").fetchone()
+    if oldest and oldest[0] > now_s + AHEAD_S:
+        db.execute(
+            "UPDATE traces SET arrived_s = ?1 WHERE arrived_s > ?1", (int(now_s),)
+        )
 
 
 def expire_older(db: Connection, arrived_before_s: float) -> Expired:
@@ -67,3 +85,14 @@ def _drop_empty_parts(db: Connection) -> None:
         db.execute(f"DROP TABLE words_{part}")
         db.execute("DELETE FROM parts WHERE part = ?", (part,))
         db.execute("DELETE FROM edges WHERE part = ?", (part,))
+        _forget_services(db)
+
+
+def _forget_services(db: Connection) -> None:
+    """Forget the services without edges, where there are many."""
+    (count,) = db.execute("SELECT count(*) FROM services").fetchone()
+    if count > MANY_SERVICES:
+        db.execute(
+            "DELETE FROM services WHERE no NOT IN"
+            " (SELECT parent FROM edges UNION SELECT child FROM edges)"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from heapq import heappop, heappush
 
 from podspan.agent.store.chunk import has_duration, unpack
@@ -10,6 +10,10 @@ from podspan.agent.store.query import Query, conditions, unmet
 from podspan.agent.store.sqlite import Connection
 from podspan.agent.store.terms import alternatives, text_of
 from podspan.agent.store.zipkin_v2 import ZipkinSpan
+
+# Read of one trace, and for one answer: they take a kilobyte and more each. A tracer
+# that is wrong may give all its spans one trace id.
+MOST_SPANS = 100_000
 
 BY_START = """
 SELECT no FROM traces WHERE start_us BETWEEN ? AND ? ORDER BY start_us DESC, no DESC
@@ -53,8 +57,25 @@ def chunks(db: Connection, trace: int) -> Iterator[list[ZipkinSpan]]:
 
 
 def spans_of(db: Connection, trace: int) -> list[ZipkinSpan]:
-    """Return a trace's spans in the order they arrived."""
-    return [span for spans in chunks(db, trace) for span in spans]
+    """Return a trace's spans in the order they arrived; the first MOST_SPANS."""
+    spans: list[ZipkinSpan] = []
+    for piece in chunks(db, trace):
+        spans += piece
+        if len(spans) >= MOST_SPANS:
+            break
+    return spans[:MOST_SPANS]
+
+
+def answer_of(db: Connection, traces: Iterable[int]) -> list[list[ZipkinSpan]]:
+    """Return the traces' spans, up to the trace that makes MOST_SPANS."""
+    answer = []
+    left = MOST_SPANS
+    for trace in traces:
+        answer.append(spans_of(db, trace))
+        left -= len(answer[-1])
+        if left <= 0:
+            break
+    return answer
 
 
 def _candidates(db: Connection, query: Query) -> Iterator[int]:

@@ -147,7 +147,10 @@ def _listen(address: tuple[str, int]) -> socket.socket:
         why = "no such name"  # it cannot even be looked up
         if isinstance(exc, OSError):
             if exc.errno == errno.EADDRINUSE:
-                hint = "another store or Zipkin is there: choose another --listen"
+                hint = (
+                    "another store or Zipkin is there: choose another ADDR:PORT, with "
+                    "--listen, or --serve of podspan replay"
+                )
             # strerror comes with the address, which is said already.
             why = (exc.strerror or str(exc)).partition(" (while ")[0]
         raise StoreError(f"cannot listen on {host}, port {port}: {why}", hint) from exc

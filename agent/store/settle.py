@@ -18,13 +18,16 @@ from podspan.agent.store.edges import Edge, Tallies, Tally, add_links
 from podspan.agent.store.linker import Link, link_trace
 from podspan.agent.store.logscale import bucket_of, middle_of
 from podspan.agent.store.query import start_us
-from podspan.agent.store.search import spans_of
+from podspan.agent.store.search import MOST_SPANS, spans_of
 from podspan.agent.store.sqlite import Connection
 from podspan.agent.store.summary import ServiceSummary, Summary, summarise
 from podspan.agent.store.zipkin_v2 import ZipkinSpan, merge
 
 # A trace is settled when nothing came for so long.
 QUIET_S = 5.0
+
+# A step ends with the trace that makes so many spans: closing waits for it.
+STEP_SPANS = 10_000
 
 # The sums are kept by the minute, and by the hour for windows of days.
 MINUTE_US = 60 * 1_000_000
@@ -34,16 +37,17 @@ WIDTHS_US = (MINUTE_US, HOUR_US)
 # Summaries of larger traces are kept.
 SUMMARY_SPANS = 200
 
-# So many traces in a window are counted one by one, to the microsecond.
+# So much in a window is counted trace by trace, to the microsecond.
 EXACT_TRACES = 1000
+EXACT_SPANS = 20_000
 
 UNSETTLED = """
-SELECT unsettled.trace, unsettled.upto, traces.linked_upto
+SELECT unsettled.trace, unsettled.upto, traces.linked_upto, traces.spans
 FROM unsettled JOIN traces ON traces.no = unsettled.trace
-WHERE unsettled.seen_s <= ? ORDER BY unsettled.trace LIMIT ?
+WHERE unsettled.seen_s NOT BETWEEN ? AND ? ORDER BY unsettled.trace LIMIT ?
 """
 NEVER_SETTLED = """
-SELECT traces.no FROM unsettled JOIN traces ON traces.no = unsettled.trace
+SELECT traces.no, traces.spans FROM unsettled JOIN traces ON traces.no = unsettled.trace
 WHERE traces.linked_upto = 0 AND traces.start_us BETWEEN ? AND ? LIMIT ?
 """
 SUMS = """
@@ -73,10 +77,22 @@ class Settled:
     summary: bytes | None
 
 
-def work_out(db: Connection, seen_before_s: float, at_most: int) -> list[Settled]:
-    """Read quiet traces that are not settled, and work out what they add."""
-    rows = db.execute(UNSETTLED, (seen_before_s, at_most)).fetchall()
-    return [_work_out(db, *row) for row in rows]
+def work_out(
+    db: Connection, now_s: float, quiet_s: float, at_most: int
+) -> list[Settled]:
+    """Read traces quiet for so long that are not settled; work out what they add.
+
+    What was seen in the future is quiet, too: the clock was ahead then.
+    """
+    rows = db.execute(UNSETTLED, (now_s - quiet_s, now_s + quiet_s, at_most)).fetchall()
+    settled = []
+    left = STEP_SPANS
+    for trace, upto, linked_upto, spans in rows:
+        settled.append(_work_out(db, trace, upto, linked_upto))
+        left -= spans
+        if left <= 0:
+            break
+    return settled
 
 
 def record(db: Connection, settled: Iterable[Settled]) -> None:
@@ -108,14 +124,18 @@ def tallies(db: Connection, first_us: int, last_us: int) -> Tallies:
     """
     result: Tallies = {}
     few = db.execute(
-        "SELECT no FROM traces WHERE start_us BETWEEN ? AND ? LIMIT ?",
+        "SELECT no, spans FROM traces WHERE start_us BETWEEN ? AND ? LIMIT ?",
         (first_us, last_us, EXACT_TRACES + 1),
     ).fetchall()
-    if len(few) > EXACT_TRACES:
+    if len(few) > EXACT_TRACES or sum(spans for _, spans in few) > EXACT_SPANS:
         for width_us, first, last in _cover(first_us, last_us):
             _add_sums(db, result, width_us, first, last)
         few = db.execute(NEVER_SETTLED, (first_us, last_us, EXACT_TRACES)).fetchall()
-    for (trace,) in few:
+    left = EXACT_SPANS
+    for trace, spans in few:
+        left -= spans
+        if left < 0:
+            break
         add_links(result, link_trace(merge(spans_of(db, trace))))
     return result
 
@@ -133,14 +153,17 @@ def summary_of(db: Connection, trace: int) -> Summary:
 
 
 def _work_out(db: Connection, trace: int, upto: int, linked_upto: int) -> Settled:
-    counted: list[ZipkinSpan] = []
     spans: list[ZipkinSpan] = []
+    counted_spans = 0
     for chunk_upto, payload in db.execute(
         "SELECT upto, payload FROM chunks WHERE trace = ? ORDER BY upto", (trace,)
     ):
         spans += unpack(payload)
         if chunk_upto <= linked_upto:
-            counted = spans.copy()
+            counted_spans = len(spans)
+        if len(spans) >= MOST_SPANS:
+            break
+    counted = spans[:counted_spans]
     merged = merge(spans)
     large = len(spans) > SUMMARY_SPANS
     return Settled(

@@ -117,6 +117,9 @@ class File:
         self._idle: list[sqlite3.Connection] = []  # connections to read
         self._closed = False
         self._writer: sqlite3.Connection | None = None
+        with suppress(OSError):  # SQLite says better what is wrong
+            # For its owner only: its log, too, gets this mode.
+            path.touch(mode=0o600, exist_ok=False)
         with self._translated("open"):
             self._writer = self._connect()
             self._prepare(self._writer, max_bytes)
@@ -161,14 +164,14 @@ class File:
         if application_id != APPLICATION_ID:
             raise StoreError(
                 f"{self.path} is another program's database",
-                "give another file with --data",
+                "give another file",
             )
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"{self.path} was written by a newer podspan (schema {version},"
                 f" this one knows {SCHEMA_VERSION})",
-                "use that version, or give another file with --data",
+                "use that version, or give another file",
             )
 
     @contextmanager
@@ -234,13 +237,10 @@ class File:
 
     def bytes_on_disk(self) -> int:
         """Return the size of the database and its log."""
-        return self.path.stat().st_size + self._log_bytes()
+        return _size_of(self.path) + self._log_bytes()
 
     def _log_bytes(self) -> int:
-        try:
-            return Path(f"{self.path}-wal").stat().st_size
-        except FileNotFoundError:
-            return 0
+        return _size_of(Path(f"{self.path}-wal"))
 
     def close(self) -> None:
         """Write the log back, and let go of the file; once more does nothing."""
@@ -262,6 +262,13 @@ class File:
             raise StoreError(f"cannot {doing} {self.path}: {exc}", _hint(exc)) from exc
 
 
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # removed under us
+        return 0
+
+
 def _is_empty(db: Connection) -> bool:
     (objects,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     return not objects
@@ -278,9 +285,9 @@ def bytes_of(db: Connection) -> tuple[int, int]:
 def _hint(error: sqlite3.Error) -> str:
     """Return what to do about it."""
     return {
-        "SQLITE_NOTADB": "give another file with --data",
+        "SQLITE_NOTADB": "give another file",
         "SQLITE_CANTOPEN": "the folder has to exist and be writable",
-        "SQLITE_FULL": "free some space, or lower --max-size",
+        "SQLITE_FULL": "free some space",
         "SQLITE_READONLY": "file and folder have to be writable",
         "SQLITE_READONLY_DIRECTORY": "the folder has to be writable",
         "SQLITE_CORRUPT": "move the file away: a new one is made",

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from io import StringIO
 from itertools import count
 from threading import Thread
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from podspan.agent.errors import ExportError, ReplayError, StoreError, UsageError
@@ -230,3 +231,17 @@ def test_progress_is_shown_on_a_terminal_only():
         bar.clear()
         assert ("50%" in out.getvalue()) == isatty
         assert out.getvalue().endswith("\r\033[K" if isatty else "")
+
+
+def test_the_link_to_the_viewer_shows_what_came_before_the_clock_was_set_back(
+    tmp_path,
+):
+    talk = Talk().handshake().exchange(request("/", more=B3), response()).bye()
+    early = [
+        packet._replace(at_ns=packet.at_ns - 10**12) for packet in captured(talk)[:3]
+    ]
+    path = tmp_path / "incident.pcapng"
+    path.write_bytes(pcapng_bytes([*captured(talk), *early]))
+    with serving(path, tmp_path) as (url, _):
+        query = parse_qs(urlsplit(url).query)
+    assert int(query["lookback"][0]) >= 10**6

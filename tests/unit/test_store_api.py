@@ -333,6 +333,12 @@ def test_a_database_that_fails_is_503(store, tmp_path):
     assert answers[1].json["status"] == "DOWN"
 
 
+def test_trouble_is_logged_once_however_often_senders_try(store, caplog):
+    store.database.close()
+    assert [store.post(OTHER).status for _ in range(3)] == [503, 503, 503]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
@@ -311,6 +312,33 @@ def test_a_window_counts_its_traces_only(database, monkeypatch):
     assert calls(3600, 60) == 1
 
 
+def test_a_window_of_few_large_traces_is_answered_from_sums(database, monkeypatch):
+    monkeypatch.setattr("podspan.agent.store.settle.EXACT_SPANS", 3)
+    for number in (1, 2):
+        database.add(call(number))
+    assert edges(database) == [("a", "b", 1, 0)]  # as many as is read of the unsettled
+    database.settle(quiet_s=0)
+    assert edges(database) == [("a", "b", 2, 0)]
+
+
+def test_what_is_read_for_an_answer_is_bounded(database, monkeypatch):
+    monkeypatch.setattr("podspan.agent.store.search.MOST_SPANS", 10)
+    monkeypatch.setattr("podspan.agent.store.settle.MOST_SPANS", 10)
+    for number in range(1, 13):
+        database.add([span(1, number)])
+    database.add([span(2, number) for number in range(1, 7)])
+    database.add([span(3, number, timestamp=NOW_US + 1) for number in range(1, 7)])
+    assert len(database.trace(f"{1:016x}")) == 10
+    assert [len(trace) for trace in database.traces(everything())] == [6, 6]
+    ids = [f"{number:016x}" for number in (3, 1, 2)]
+    assert [len(trace) for trace in database.many(ids)] == [6, 10]
+    database.settle(quiet_s=0)
+    database.add(call(1))  # behind what is read
+    database.settle(quiet_s=0)
+    assert edges(database) == []
+    assert database.counts()["spans"] == 26
+
+
 def test_a_summary_tells_what_a_list_shows(database):
     client, server = call(1, duration_us=90, tags={"error": "500"})
     client |= {"duration": 100, "name": "get", "tags": {"http.method": "GET", "x": "y"}}
@@ -455,6 +483,50 @@ def test_what_arrived_long_ago_expires(tmp_path):
         assert (counts["spans"], counts["expired_spans"]) == (1, 1)
 
 
+def test_a_clock_that_was_ahead_does_not_keep_traces_for_ever(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path, max_age_s=3600) as database:
+        database.add([span(1, 1, "a")])
+        database.add([span(2, 1, "b")])
+        make_older(path, f"{1:016x}", -365 * 86400)
+        make_older(path, f"{2:016x}", 3601)
+        database.expire()
+        assert database.services() == ["a", "b"]
+        make_older(path, f"{1:016x}", 3601)  # an hour after the clock was set
+        database.expire()
+        assert database.counts()["traces"] == 0
+
+
+def test_a_clock_that_was_ahead_does_not_keep_links_back(tmp_path, monkeypatch):
+    path = tmp_path / "traces.db"
+    monkeypatch.setattr("podspan.agent.store.settle.EXACT_TRACES", 0)
+    with opened(path) as database:
+        database.add(call(1))
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE unsettled SET seen_s = seen_s + 1e6")
+        database.settle(quiet_s=5)
+        assert edges(database) == [("a", "b", 1, 0)]
+
+
+def test_services_that_nothing_is_left_of_take_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "PART_TRACES", 2)
+    monkeypatch.setattr("podspan.agent.store.retention.MANY_SERVICES", 3)
+    path = tmp_path / "traces.db"
+    with opened(path, max_age_s=3600) as database:
+        for number in range(1, 7):
+            client, server = call(number)
+            server["localEndpoint"] = {"serviceName": f"s{number}"}
+            database.add([client, server])
+        database.settle(quiet_s=0)
+        for number in range(1, 5):
+            make_older(path, f"{number:016x}", 3601)
+        database.expire()
+        with closing(sqlite3.connect(path)) as db:
+            names = {name for (name,) in db.execute("SELECT name FROM services")}
+        assert names == {"a", "s5", "s6"}
+        assert edges(database) == [("a", "s5", 1, 0), ("a", "s6", 1, 0)]
+
+
 def test_a_span_that_comes_after_its_trace_expired_begins_a_new_one(tmp_path):
     path = tmp_path / "traces.db"
     with opened(path, max_age_s=3600) as database:
@@ -489,6 +561,61 @@ def test_the_oldest_traces_leave_room_for_new_ones_whole(tmp_path):
         assert len(database.traces(asked)) == counts["traces"]
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_housekeeping_outlives_what_it_cannot_read(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("podspan.agent.store.settle.QUIET_S", 0)
+    monkeypatch.setattr("podspan.agent.store.database.REST_S", 0.01)
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add([span(1, 1)])
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE chunks SET payload = 'torn'")
+            db.execute("INSERT OR REPLACE INTO unsettled VALUES (1, 1, 0)")
+        wait_until(lambda: caplog.records)
+        make_older(path, f"{1:016x}", 8 * 86400)
+        wait_until(lambda: database.counts()["traces"] == 0)
+
+
+def wait_until(condition):
+    give_up_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+
+
+def test_closing_does_not_wait_until_all_is_expired(tmp_path, monkeypatch):
+    monkeypatch.setattr("podspan.agent.store.retention.STEP_SPANS", 1)
+    monkeypatch.setattr("podspan.agent.store.database.REST_S", 0.01)
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add([span(number, 1) for number in range(1, 20_001)])
+    with opened(path, max_age_s=-1) as database:
+        wait_until(lambda: database.counts()["expired_traces"])
+    assert database.counts()["traces"] > 0
+
+
+def test_it_is_for_its_owner_only(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add([span()])
+        modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o600}, modes
+
+
+def test_counting_does_without_a_file_that_was_removed(tmp_path):
+    path = tmp_path / "traces.db"
+    with opened(path) as database:
+        database.add([span()])
+        for file in tmp_path.iterdir():
+            file.unlink()
+        assert database.counts() == {
+            "spans": 1,
+            "traces": 1,
+            "expired_spans": 0,
+            "expired_traces": 0,
+            "bytes": 0,
+        }
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from podspan.agent.__main__ import main as podspan
 from podspan.agent.errors import StoreError, UsageError
 from podspan.agent.store import command
 from podspan.agent.store.server import MAX_CONNECTIONS, THREADS, StoreServer
+from podspan.agent.values import MIN_STORE_SIZE
 from unit.store_server import running_store
 
 SPAN = {"traceId": "a", "id": "b", "localEndpoint": {"serviceName": "web"}}
@@ -286,6 +288,17 @@ def test_a_taken_port_is_one_line_and_a_hint(tmp_path):
     lines = said.splitlines()
     assert str(port) in lines[-2]
     assert "--listen" in lines[-1]
+
+
+def test_a_file_may_become_no_larger_than_the_disk(tmp_path, caplog):
+    data = tmp_path / "traces.db"
+    disk = shutil.disk_usage(tmp_path).total
+    assert command._room(data, MIN_STORE_SIZE) == MIN_STORE_SIZE
+    assert not caplog.records
+    assert MIN_STORE_SIZE <= command._room(data, 1 << 62) <= disk
+    assert "less than --max-size" in caplog.text
+    data.write_bytes(bytes(1 << 20))  # what is there already may stay
+    assert command._room(data, 1 << 62) <= disk
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
