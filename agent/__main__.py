@@ -66,6 +66,10 @@ COMMANDS = {
         "keep traces, search and show them: Zipkin's API and a viewer",
         _main_of("podspan.agent.store.command"),
     ),
+    "replay": Command(
+        "the spans of a capture, without any privilege",
+        _main_of("podspan.agent.replay.command"),
+    ),
     "demo": Command(
         "start four services, trace them, print the trace",
         _main_of("podspan.agent.demo.command"),

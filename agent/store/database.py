@@ -1,10 +1,14 @@
 """Traces in a database file: what the server writes to and asks.
 
 sqlite      the file, its schema, its connections; the only importer of sqlite3
+query       what is asked      summary   a trace in short      edges   calls counted
 chunk       spans packed       terms     their words for the index
 ingest      chunks in          search    traces out
 settle      links, worked out when a trace is quiet
 retention   the oldest out     names     what a person may choose from
+
+A part that only computes has no use of a database: query, terms, logscale, chunk,
+names, summary and edges.
 """
 
 from __future__ import annotations

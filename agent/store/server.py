@@ -13,6 +13,8 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import waitress
@@ -93,18 +95,22 @@ class StoreServer:
         if self._ended.is_set():
             self._close_sockets()
         else:
-            # Sockets are its loop's, which runs what its trigger is given.
-            trigger = self._server.trigger
-            trigger.pull_trigger(self._close_listener)
+            self._in_loop(self._close_listener)
             deadline_s = time.monotonic() + DRAIN_S
             while self._is_busy() and time.monotonic() < deadline_s:
                 self._ended.wait(POLL_S)
         self._server.task_dispatcher.shutdown(timeout=DRAIN_S)
         if not self._ended.is_set():
-            trigger.pull_trigger(self._close_sockets)
+            self._in_loop(self._close_sockets)
             self._ended.wait(DRAIN_S)
         if self._thread:
             self._thread.join(DRAIN_S)
+
+    def _in_loop(self, action: Callable[[], None]) -> None:
+        """Let the loop do it: sockets are its own."""
+        # Without anything to listen to it ends by itself, and closes its trigger.
+        with suppress(OSError):
+            self._server.trigger.pull_trigger(action)
 
     def _is_busy(self) -> bool:
         return any(

@@ -137,7 +137,8 @@ def tell(what, question):
         begun_s = time.thread_time()
         answer = question()
         took_ms.append((time.thread_time() - begun_s) * 1000)
-    print(
-        f"{what:45} {statistics.median(took_ms):7.1f} ms, at most"
-        f" {max(took_ms):6.1f}; {len(answer)} found"
-    )
+    found = f"{len(answer)} found"
+    if answer and isinstance(answer[0], list):
+        found += f", of {sum(map(len, answer))} spans"
+    median_ms, slowest_ms = statistics.median(took_ms), max(took_ms)
+    print(f"{what:45} {median_ms:7.1f} ms, at most {slowest_ms:6.1f}; {found}")

@@ -88,6 +88,10 @@ def test_a_duration_without_sense_is_not_searched_for(listed):
     field.press("Enter")
     expect(field).not_to_have_attribute("aria-invalid", "true")
     listed.wait_for_url(re.compile("minDuration=5000"))
+    field.fill("fast")
+    listed.get_by_role("button", name="Clear").click()
+    expect(field).to_have_value("")
+    expect(field).not_to_have_attribute("aria-invalid", "true")
 
 
 def test_names_are_suggested_and_one_is_chosen_by_keyboard(listed):
@@ -178,6 +182,17 @@ def test_a_brushed_rectangle_narrows_time_and_duration(listed, shoot):
     expect(listed.get_by_label("Time", exact=True)).to_have_value("custom")
 
 
+def test_a_line_brushed_along_the_time_narrows_only_that(listed):
+    box = listed.locator(".plot").bounding_box()
+    listed.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60)
+    listed.mouse.down()
+    listed.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + 61, steps=4)
+    listed.mouse.up()
+    listed.wait_for_url(re.compile("endTs"))
+    assert set(query(listed)) == {"endTs", "lookback"}
+    expect(listed.locator(ROWS)).not_to_have_count(61)
+
+
 def test_a_point_shows_its_trace_and_a_click_opens_it(listed):
     point = listed.locator(".dot.failed").first
     point.hover(force=True)
@@ -196,7 +211,7 @@ def test_points_are_walked_by_keys_on_either_scale(listed, shoot):
     listed.locator(".scatter").focus()
     listed.keyboard.press("End")
     listed.keyboard.press("ArrowLeft")
-    expect(listed.locator(".tip")).to_be_visible()
+    expect(listed.locator(".tip")).to_contain_text(re.compile(r"ms · \d spans20"))
     expect(listed.locator(".scatter [role=status]")).to_contain_text("ms")
     href = listed.locator("li.pointed .trace-link").get_attribute("href")
     listed.keyboard.press("Enter")

@@ -310,6 +310,26 @@ def test_bytes_missing_in_a_chunk_do_no_harm():
     assert heard.calls == [done(sizes=(0, 100))]
 
 
+def test_bytes_missing_beyond_a_body_may_be_another_message():
+    heard = Heard().say(C, GET).say(S, OK[:-4]).lose(S, 9).say(C, request("/b"))
+    heard.say(S, OK)
+    assert [call[2] for call in heard.calls] == [End.UNSEEN, End.COMPLETE]
+    assert heard.count == {"out_of_step": 1}
+
+
+def test_a_body_that_looks_like_a_request_makes_no_client_of_the_server():
+    heard = Heard(client=None).say(S, b"a log:\r\n").say(S, GET)
+    heard.say(C, request("/b")).say(S, OK)
+    assert heard.conversation.client == C
+    assert heard.calls == [done("/b")]
+
+
+def test_a_body_that_was_asked_for_comes_whatever_the_answer():
+    heard = Heard().say(C, EXPECTING[:-3]).say(S, CONTINUE).say(S, response(413))
+    heard.say(C, b"{1}" + request("/b")).say(S, OK)
+    assert [call[:2] for call in heard.calls] == [("/a", 413), ("/b", 200)]
+
+
 def test_a_response_that_is_missing_ends_unseen_and_the_next_call_is_seen():
     heard = Heard().say(C, GET).lose(S, len(OK)).say(C, request("/b")).say(S, OK)
     assert heard.calls == [

@@ -173,6 +173,23 @@ def test_a_call_made_again_with_the_same_ids_keeps_them():
     assert {(span.span_id, span.parent_id) for span in spans} == {(SPAN, PARENT)}
 
 
+def test_calls_of_one_loopback_connection_are_not_each_others_parents():
+    talk = Talk(("127.0.0.1", 40000), ("127.0.0.1", 9080)).handshake()
+    talk.exchange(ASKED + ASKED, ANSWERED + ANSWERED).bye()
+    spans, _ = replayed(captured(talk))
+    assert {(span.span_id, span.parent_id) for span in spans} == {(SPAN, PARENT)}
+
+
+def test_equal_calls_of_one_client_at_the_same_time_are_two():
+    """Though a simple client begins to count at the same number each time."""
+    talks = [Talk(("10.0.0.1", port)).handshake() for port in (40000, 40001)]
+    for talk in talks:
+        talk.exchange(request("/"), ANSWERED).bye()
+    spans, summary = replayed(captured(*talks))
+    assert len(spans) == 4
+    assert summary.skipped == {}
+
+
 def test_a_call_before_and_behind_an_address_translation_is_one():
     before = Talk(server=("10.96.0.1", 80)).handshake()
     behind = Talk(server=("10.0.0.2", 9080), at_ns=START_NS + 10).handshake()

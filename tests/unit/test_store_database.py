@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
@@ -357,6 +358,34 @@ def test_callers_of_add_at_the_same_time_all_get_their_spans_stored(database):
     assert database.counts()["traces"] == 9
 
 
+def test_who_reads_while_others_write_sees_whole_traces(tmp_path):
+    written = threading.Event()
+
+    def write(database):
+        for first in range(1, 1501, 50):
+            database.add(
+                [
+                    span(first + number // 4, number + 1, tags={"k": f"{first:0200}"})
+                    for number in range(200)
+                ]
+            )
+        written.set()
+
+    def read(database):
+        while True:
+            last_round = written.is_set()
+            for trace in database.traces(everything(service="a")):
+                assert len(trace) == 4
+            database.links(NOW_US // 1000 + 1, DAY_MS)
+            if last_round:
+                return
+
+    path = tmp_path / "traces.db"
+    with opened(path, max_bytes=1_500_000) as database, ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(each, database) for each in (write, read, read)]:
+            done.result()
+
+
 def test_a_database_opened_again_is_as_it_was(tmp_path):
     path = tmp_path / "traces.db"
     with opened(path) as database:
@@ -491,6 +520,7 @@ def test_what_the_disk_does_not_take_is_refused_whole_and_later_taken(database):
 
 ADDER = """
 import sys
+import threading
 from pathlib import Path
 from podspan.agent.store import ingest
 from podspan.agent.store.database import Database

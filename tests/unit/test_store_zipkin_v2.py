@@ -261,7 +261,7 @@ def test_whatever_bytes_are_refused_or_read(body):
 
 
 def proto_message(*spans):
-    message = zipkin_proto._LIST_OF_SPANS()
+    message: Any = zipkin_proto._LIST_OF_SPANS()
     for fields in spans:
         message.spans.add(**fields)
     return message.SerializeToString()

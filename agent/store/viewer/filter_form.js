@@ -75,6 +75,7 @@ export function filterForm(filters, onFind) {
     for (const name of ["minDuration", "maxDuration"]) {
       field[name].input.value = wanted[name] === null ? "" : exactDuration(wanted[name]);
     }
+    for (const name of ["minDuration", "maxDuration", "to"]) accept(field[name].input, "");
     field.errorsOnly.checked = wanted.errorsOnly;
     choose(field.limit.input, wanted.limit, String(wanted.limit));
     if (wanted.endTs === null) {

@@ -12,7 +12,7 @@ const BRUSH = 5; // pixels that make a drag of a click
  * Return {element, draw(traces, scale), highlight(traceId)}.
  *
  * onOpen(trace): clicked, or Enter. onBrush({endTs, lookback, minDuration, maxDuration}):
- * a rectangle was drawn. onPoint(trace or null): pointed at.
+ * a rectangle was drawn; of a line only what it narrows. onPoint(trace or null): pointed at.
  */
 export function scatter({ signal, onOpen, onBrush, onPoint }) {
   let points = [];
@@ -92,7 +92,7 @@ export function scatter({ signal, onOpen, onBrush, onPoint }) {
         null,
         h("b", null, duration(trace.duration)),
         ` · ${count(trace.spanCount, "span")}`,
-        failed(trace) &&
+        trace.errorCount > 0 &&
           h("span", { class: "error-text" }, ` · ${count(trace.errorCount, "error")}`),
       ),
       h("div", { class: "muted" }, time(trace.timestamp)),
@@ -205,16 +205,19 @@ function showBrush(brush, area) {
   for (const [name, value] of Object.entries(area ?? {})) brush.setAttribute(name, value);
 }
 
-/** Return a rectangle as the filters that keep what is inside of it. */
+/** Return a rectangle as the filters that keep what is inside; a line narrows one way. */
 function areaOf(area, { x, y }) {
-  const fromMs = Math.floor(x.value(area.x) / 1e3);
-  const endTs = Math.ceil(x.value(area.x + area.width) / 1e3);
-  return {
-    endTs,
-    lookback: Math.max(endTs - fromMs, 1),
-    minDuration: neat(Math.max(y.value(area.y + area.height), 1), Math.floor),
-    maxDuration: neat(y.value(area.y), Math.ceil),
-  };
+  const narrowed = {};
+  if (area.width >= BRUSH) {
+    const fromMs = Math.floor(x.value(area.x) / 1e3);
+    narrowed.endTs = Math.ceil(x.value(area.x + area.width) / 1e3);
+    narrowed.lookback = Math.max(narrowed.endTs - fromMs, 1);
+  }
+  if (area.height >= BRUSH) {
+    narrowed.minDuration = neat(Math.max(y.value(area.y + area.height), 1), Math.floor);
+    narrowed.maxDuration = neat(y.value(area.y), Math.ceil);
+  }
+  return narrowed;
 }
 
 /** Round to three digits, to the outside: what a person could have written. */
