@@ -56,6 +56,7 @@ class EmbeddedStore:
         self.url = f"http://{address.reachable}/"
         self.restarts = 0
         self._backoff_s = FIRST_BACKOFF_S
+        self._started_s = 0.0  # of time.monotonic()
         self._start_at_s = 0.0  # of time.monotonic(), once it has ended
         self._ready = folder / READY
         self._command = [
@@ -113,6 +114,8 @@ class EmbeddedStore:
             self._process.wait()
 
     def _put_off(self, why: str) -> None:
+        if time.monotonic() - self._started_s > MAX_BACKOFF_S:
+            self._backoff_s = FIRST_BACKOFF_S  # it was well for a while
         log.warning(
             "the embedded store %s again_in_s=%g hint='spans wait in the spool'",
             why,
@@ -122,6 +125,7 @@ class EmbeddedStore:
         self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
 
     def _start(self) -> subprocess.Popen[bytes]:
+        self._started_s = time.monotonic()
         # A group of its own: Ctrl-C is for the agent, which ends this after its spans.
         return subprocess.Popen(
             self._command, stdin=subprocess.DEVNULL, process_group=0
