@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from podspan.agent.config import OPTIONS
 from podspan.agent.errors import ExportError
 from podspan.agent.values import Address, age_text
 
@@ -30,6 +31,9 @@ POLL_S = 0.05
 
 # It talks to strangers: of root's it keeps the files, and no capability.
 UNPRIVILEGED = ("setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all")
+
+# The other backends' credentials are none of its business.
+SECRETS = frozenset(option.variable for option in OPTIONS if option.secret)
 
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
@@ -128,7 +132,10 @@ class EmbeddedStore:
         self._started_s = time.monotonic()
         # A group of its own: Ctrl-C is for the agent, which ends this after its spans.
         return subprocess.Popen(
-            self._command, stdin=subprocess.DEVNULL, process_group=0
+            self._command,
+            stdin=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in os.environ if name not in SECRETS},
+            process_group=0,
         )
 
     def _wait_until_ready(self) -> None:

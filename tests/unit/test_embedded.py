@@ -147,6 +147,14 @@ def test_it_has_no_capabilities(tmp_path):
     assert found["NoNewPrivs"] == "1"
 
 
+def test_it_does_not_get_the_credentials_of_other_backends(tmp_path, monkeypatch):
+    monkeypatch.setenv("PODSPAN_OTLP_HEADERS", "authorization=hunter2")
+    with closing(started(tmp_path)) as store:
+        environment = Path(f"/proc/{store._process.pid}/environ").read_text()
+    assert "PATH=" in environment
+    assert "hunter2" not in environment
+
+
 @pytest.mark.parametrize(
     ("listening", "url"),
     [
