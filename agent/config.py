@@ -118,7 +118,7 @@ def _shown(value: Any) -> Any:
     """Return a value as people write it, without what may be a key."""
     if isinstance(value, Address | Secret):
         return str(value)
-    if isinstance(value, str) and value.startswith(("http:", "https:")):
+    if isinstance(value, str) and value.lower().startswith(("http:", "https:")):
         return value.partition("?")[0]
     return ",".join(sorted(value)) if isinstance(value, frozenset) else value
 
@@ -242,7 +242,7 @@ OPTIONS = (
         "--store-max-size",
         "SIZE",
         2 * 2**30,
-        values.size,
+        values.store_size,
         "forget the oldest traces beyond so much on disk",
         show=values.size_text,
     ),
@@ -477,7 +477,7 @@ def _check_backends(config: Config) -> None:
         if getattr(config, backend) is None:
             _need(config, f"--{backend}", f"{backend}_headers_file")
     urls = (config.zipkin or "", config.otlp or "")
-    if not any(url.startswith("https:") for url in urls):
+    if not any(url.lower().startswith("https:") for url in urls):
         _need(config, "an https backend", "tls_ca", "tls_cert", "tls_key")
     if (config.tls_cert is None) != (config.tls_key is None):
         raise UsageError(
@@ -500,8 +500,16 @@ def _need(config: Config, what: str, *fields: str) -> None:
 
 
 def _unknown(word: str) -> UsageError:
-    flags = [option.flag for option in OPTIONS]
-    close = get_close_matches(word.partition("=")[0], flags, 1)
+    # What comes after it may be a secret.
+    word = word.partition("=")[0] if word.startswith("-") else word
+    for option in OPTIONS:
+        if option.secret and option.flag == word:
+            return UsageError(
+                f"{word} would tell a secret to whoever lists processes",
+                f"set {option.variable}, or use {word}-file",
+            )
+    flags = [option.flag for option in OPTIONS if not option.secret]
+    close = get_close_matches(word, flags, 1)
     hint = f"did you mean {close[0]}? " if close else ""
     kind = "option" if word.startswith("-") else "argument"
     return UsageError(

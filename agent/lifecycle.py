@@ -62,12 +62,17 @@ def ready_path(text: str | Path | None) -> Path | None:
     if text is None:
         return None
     path = Path(text)
-    if not path.parent.is_dir() or path.is_dir():
+    try:
+        # One that a killed process left behind would lie to whoever waits for it.
+        path.unlink(missing_ok=True)
+        draft = _draft(path)
+        draft.touch()
+        draft.unlink()
+    except OSError as exc:
         raise UsageError(
-            f"cannot write --ready-file {path}", "its directory must exist"
-        )
-    # One left behind by a process that was killed would lie to whoever waits for it.
-    path.unlink(missing_ok=True)
+            f"cannot write --ready-file {path}: {exc.strerror}",
+            "its directory must exist, and take files",
+        ) from exc
     return path
 
 
@@ -77,10 +82,14 @@ def ready(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft = _draft(path)
     draft.write_text(f"{os.getpid()}\n")
     draft.rename(path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}")

@@ -193,8 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
         if _takes_gzip(self.headers.get("Accept-Encoding", "")):
             self.send_header("Content-Encoding", "gzip")
             body = _packed(body)
-        # RFC 9112 section 7.1. To a client of HTTP/1.0 the connection's end is the end.
-        chunked = self.request_version != "HTTP/1.0"
+        # RFC 9112 section 7.1. To an older client the connection's end is the end.
+        chunked = self.request_version not in ("HTTP/0.9", "HTTP/1.0")
         if chunked:
             self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()

@@ -14,6 +14,9 @@ NONE = "none"
 
 DAY_S = 24 * 60 * 60
 
+# Smaller is no store: SQLite's own pages, indexes and log take as much.
+MIN_STORE_SIZE = 16 * 2**20
+
 _AGES_S = {"s": 1, "m": 60, "h": 60 * 60, "d": DAY_S}
 _SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -123,6 +126,14 @@ def size(text: str) -> int:
     if not match:
         raise BadValue("use a size such as 1048576, 64MiB or 2GiB")
     return int(match[1]) * _SIZES[(match[2] or "").lower()]
+
+
+def store_size(text: str) -> int:
+    """Return bytes, as `size` does, of an embedded store."""
+    read = size(text)
+    if read < MIN_STORE_SIZE:
+        raise BadValue(f"use at least {size_text(MIN_STORE_SIZE)}")
+    return read
 
 
 def age_text(age_s: int) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import re
 import ssl
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import urllib3
 from podspan.agent.errors import UsageError
@@ -110,6 +111,7 @@ class Client:
     def post(self, body: bytes, headers: Mapping[str, str], timeout_s: float) -> Answer:
         """Send one request; raises NoAnswer."""
         pool = self._connections()
+        until_s = time.monotonic() + timeout_s
         try:
             response = pool.request(
                 "POST",
@@ -124,13 +126,14 @@ class Client:
         except urllib3.exceptions.HTTPError as exc:
             raise NoAnswer(_reason(exc)) from exc
         names = {name.lower(): text for name, text in response.headers.items()}
-        return Answer(response.status, names, _start_of(response))
+        return Answer(response.status, names, _start_of(response, until_s))
 
     def redacted(self, text: str) -> str:
         """Return a text of the destination's, or of the library's, without secrets."""
-        secrets = [urlsplit(self._url).query]
-        for value in self._headers.get().values():
-            secrets += [value, *re.split(r"[\s=,;]+", value)]
+        secrets = []
+        for value in (urlsplit(self._url).query, *self._headers.get().values()):
+            for form in (value, unquote(value)):
+                secrets += [form, *re.split(r"[\s=,;&]+", form)]
         for secret in sorted(secrets, key=len, reverse=True):
             if len(secret) >= SECRET_LEAST:
                 text = text.replace(secret, "...")
@@ -150,22 +153,24 @@ class Client:
         return self._pool
 
 
-def _start_of(response: urllib3.BaseHTTPResponse) -> bytes:
-    """Return the first MAX_ANSWER_BYTES of the body.
+def _start_of(response: urllib3.BaseHTTPResponse, until_s: float) -> bytes:
+    """Return the first MAX_ANSWER_BYTES of the body, as far as they come in time.
 
-    The status has answered: a body that breaks off is no reason to send again.
+    The status has answered: a body that breaks off is no reason to send again. One that
+    goes on is not waited for; that connection is not used again.
     """
     start = b""
     try:
-        start = response.read(MAX_ANSWER_BYTES)
-        # What goes on is not waited for; that connection is not used again.
-        if response.read(1):
-            response.close()
+        while part := response.read1(MAX_ANSWER_BYTES + 1 - len(start)):
+            start += part
+            if len(start) > MAX_ANSWER_BYTES or time.monotonic() >= until_s:
+                response.close()
+                break
     except urllib3.exceptions.HTTPError:
         response.close()
     finally:
         response.release_conn()
-    return start
+    return start[:MAX_ANSWER_BYTES]
 
 
 def _reason(exc: urllib3.exceptions.HTTPError) -> str:

@@ -74,6 +74,20 @@ GZIP_LEVEL = 1
 # or at exit. Refused: the backend does not want it.
 OUTCOMES = ("sent", "dropped", "failed", "refused")
 
+# What the log says of a verdict, and what to do about it.
+_REFUSAL = "refuses spans", "they are not sent again; does it take this format?"
+_TROUBLES = {
+    Outcome.RETRY: (
+        "does not take spans",
+        "is it up, and the URL right? calls are not affected",
+    ),
+    Outcome.SETUP: (
+        "does not take spans",
+        "it answers: are URL, path and credentials right?",
+    ),
+    Outcome.SENT: ("takes spans, and warns", "all spans were taken"),
+}
+
 
 class _Batch:
     """Spans that are being sent, in parts: one, unless that was too large."""
@@ -271,7 +285,8 @@ class BackendExporter:
                     self._wait()
                 if self._sender_is_done():
                     return None
-                if self._batch is None and not self._spooled():
+                # A spool that makes room is empty for a moment: the mover has more.
+                if self._batch is None and not self._spooled() and not self._moving:
                     self._batch = _Batch(self._pop())
                 if self._batch is not None:
                     return self._batch
@@ -330,7 +345,7 @@ class BackendExporter:
         return self._encoder.verdict(answer.status, answer.headers, answer.body)
 
     def _put_off(self, batch: _Batch, verdict: Verdict) -> None:
-        """Wait before the next try; give up where there is none."""
+        """Wait before the next try: of this batch, or of the next if it is given up."""
         pause_s = self._pause_s(verdict)
         self._tries += 1
         with self._changed:
@@ -341,7 +356,6 @@ class BackendExporter:
             if self._spool is None and late_s > self._retry_s:
                 self._counts["failed"] += len(batch.rest())
                 self._batch = None
-                return
             self._changed.notify_all()
             until_s = time.monotonic() + pause_s
             while time.monotonic() < until_s and not self._sender_is_done():
@@ -500,12 +514,11 @@ class BackendExporter:
         if now_s - self._trouble.said_at_s < WARN_S:
             return
         self._trouble = _Trouble(error, now_s)
-        hint = "is it up, and the URL right? calls are not affected"
-        if outcome is Outcome.SETUP:
-            hint = "it answers: are URL, path and credentials right?"
+        what, hint = _TROUBLES.get(outcome, _REFUSAL)
         log.warning(
-            "%s does not take spans: url=%s error=%r %s hint=%r",
+            "%s %s: url=%s error=%r %s hint=%r",
             self._name,
+            what,
             self._url,
             error,
             " ".join(f"{key}={value}" for key, value in self.counters().items()),
@@ -515,7 +528,8 @@ class BackendExporter:
     def _report_recovery(self) -> None:
         if self._trouble.error:
             log.info("%s takes spans again: url=%s", self._name, self._url)
-            self._trouble = _Trouble()
+            # One that refuses every other batch is told of no more often, either.
+            self._trouble.error = ""
 
 
 def _count(counts: dict[str, int], verdict: Verdict, spans: int) -> None:

@@ -36,7 +36,7 @@ class Verdict:
     """What an answer means."""
 
     outcome: Outcome
-    message: str = ""  # "": there is nothing to tell
+    message: str = ""  # "": there is nothing to tell; a stranger's, as it came
     rejected: int = 0  # spans, of PARTIAL
     retry_after: str = ""  # the header, of RETRY
 
@@ -63,7 +63,7 @@ def failure(
     `retried`: the protocol has such a request sent again. A redirect is not followed:
     it would take credentials and traces to where the user has not sent them.
     """
-    said = one_line(f"HTTP {status} {message}")
+    said = f"HTTP {status} {message}"
     if retried:
         return Verdict(
             Outcome.RETRY, said, retry_after=headers.get("retry-after", "").strip()
@@ -71,7 +71,7 @@ def failure(
     if status == 413:
         return Verdict(Outcome.TOO_LARGE, said)
     if 300 <= status < 400:
-        place = one_line(headers.get("location", "nowhere").partition("?")[0])
+        place = headers.get("location", "nowhere").partition("?")[0]
         return Verdict(Outcome.SETUP, f"HTTP {status}: redirects to {place}")
     setup = status in SETUP_STATUSES
     return Verdict(Outcome.SETUP if setup else Outcome.REFUSED, said)

@@ -571,7 +571,7 @@ def _decode(record: _Record, payload: bytes) -> list[Span] | None:
     try:
         rows = msgpack.unpackb(payload, use_list=False, unicode_errors="surrogatepass")
         spans = [_span(row) for row in rows]
-    except (ValueError, TypeError, msgpack.UnpackException):
+    except (ValueError, TypeError, LookupError, msgpack.UnpackException):
         return None
     return spans if len(spans) == record.spans else None
 

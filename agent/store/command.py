@@ -26,9 +26,6 @@ MAX_AGE: Final = "7d"
 MAX_SIZE: Final = "2GiB"
 LOG_LEVELS: Final = ("error", "warning", "info", "debug")
 
-# Smaller is no store: SQLite's own pages, indexes and log take as much.
-MIN_SIZE: Final = 16 * 2**20
-
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 EXAMPLES = f"""\
@@ -126,7 +123,7 @@ def _parser() -> _Parser:
     parser.add_argument(
         "--max-size",
         metavar="SIZE",
-        type=_size,
+        type=values.store_size,
         default=MAX_SIZE,
         help="forget the oldest beyond so much on disk, or what it has room for: "
         f"500MiB, 2GiB ({MAX_SIZE})",
@@ -149,13 +146,6 @@ def _parser() -> _Parser:
         help="end when the process that started it does",
     )
     return parser
-
-
-def _size(text: str) -> int:
-    size = values.size(text)
-    if size < MIN_SIZE:
-        raise values.BadValue(f"use at least {values.size_text(MIN_SIZE)}")
-    return size
 
 
 def _make_folder(folder: Path) -> None:

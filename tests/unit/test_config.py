@@ -212,6 +212,7 @@ def test_what_is_no_sampling_rate(text):
         (["--store-max-age", "0d"], "use a time such as 90s", "--help"),
         (["--store-max-age", "7"], "use a time such as 90s", "--help"),
         (["--store-max-size", "2GB"], "use a size such as 1048576", "--help"),
+        (["--store-max-size", "0"], "use at least 16MiB", "--help"),
         (["--spool-sync", "always"], "use one of never, segment, batch", "--help"),
         (["--json", "-", "--tree"], "both write to standard output", "--json spans"),
     ],
@@ -250,8 +251,21 @@ def test_secrets_come_by_variable_only_and_are_shown_nowhere():
     assert made.otlp_headers == Secret("authorization=Bearer hunter2")
     assert "hunter2" not in made.facts() + repr(made)
     assert "otlp_headers='(set)'" in made.facts()
-    with pytest.raises(UsageError, match="unknown option '--otlp-headers'"):
-        parse(["--otlp-headers", "authorization=Bearer hunter2"], {})
+
+
+@pytest.mark.parametrize(
+    ("argv", "said", "hint"),
+    [
+        (["--otlp-headers", "a=hunter2"], "lists processes", "PODSPAN_OTLP_HEADERS,"),
+        (["--otlp-headers=a=hunter2"], "lists processes", "--otlp-headers-file"),
+        (["--otlp-header=a=hunter2"], "option '--otlp-header'$", "-headers-file?"),
+    ],
+)
+def test_a_secret_among_the_arguments_is_not_repeated(argv, said, hint):
+    with pytest.raises(UsageError, match=said) as caught:
+        parse(argv, {})
+    assert hint in caught.value.hint
+    assert "hunter2" not in str(caught.value) + caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -286,6 +300,8 @@ def test_ids_are_not_shared_where_only_otlp_is_spoken(argv, span_ids):
 def test_a_key_in_a_url_is_not_shown():
     made = parse(["--otlp", "https://o/v1/traces?key=hunter2"], {})
     assert "otlp='https://o/v1/traces'" in made.facts()
+    made = parse(["--otlp", "HTTPS://o/v1/traces?key=hunter2", "--tls-ca", "f"], {})
+    assert "hunter2" not in made.facts()
 
 
 def test_facts_name_every_setting():

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
@@ -215,6 +215,26 @@ def test_a_backend_that_asks_for_a_year_gets_minutes_and_holds_up_no_exit(backen
     assert delivery.MAX_RETRY_AFTER_S < 3600
 
 
+def test_a_batch_that_is_given_up_does_not_shorten_the_wait_of_the_next(backend):
+    backend.replies = [Reply(503, headers={"retry-after": "1"})]
+    with exporting(backend.url, batch_spans=1, retry_s=0.1) as exporter:
+        exporter.export(spans(2))
+        wait_for(exporter, failed=1, sent=1)
+    first, second = backend.requests
+    assert second.at_s >= first.at_s + 1 - 0.01
+    assert fates(exporter.counters()) == 2
+
+
+def test_a_backend_that_refuses_now_and_then_is_told_of_once(backend, caplog):
+    caplog.set_level(logging.INFO)
+    backend.replies = [Reply(status) for status in [400, 202] * 5]
+    with exporting(backend.url, batch_spans=1) as exporter:
+        exporter.export(spans(10))
+        wait_for(exporter, sent=5, refused=5)
+    assert len([line for line in caplog.messages if "refuses spans" in line]) == 1
+    assert len([line for line in caplog.messages if "takes spans again" in line]) == 1
+
+
 def test_what_is_too_large_is_halved_until_it_fits(backend):
     backend.most_spans = 3
     with exporting(backend.url, batch_spans=10, batch_delay_s=60.0) as exporter:
@@ -327,6 +347,33 @@ def test_an_endless_answer_is_not_read(backend):
         exporter.export(spans(3))
     assert exporter.counters()["sent"] == 3
     assert len(backend.connections) == 3
+
+
+def test_an_answer_that_trickles_holds_up_no_batch():
+    ends = threading.Event()
+
+    def trickle(listener):
+        while True:
+            with listener.accept()[0] as connection, suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 202 ok\r\ncontent-length: 9999\r\n\r\n")
+                while not ends.wait(0.02):
+                    connection.sendall(b"x")
+            if ends.is_set():
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        backend = threading.Thread(target=trickle, args=[listener])
+        backend.start()
+        try:
+            with exporting(url, request_timeout_s=0.2, batch_spans=1) as exporter:
+                exporter.export(spans(2))
+                wait_for(exporter, sent=2)
+        finally:
+            ends.set()
+            socket.create_connection(listener.getsockname()).close()
+            backend.join()
 
 
 def test_an_answer_that_breaks_off_is_an_answer(backend):
@@ -514,7 +561,7 @@ def test_a_half_that_arrived_is_not_sent_again_from_the_spool(backend, open_spoo
 class BadDisk(Spool):
     """Takes nothing while it is full, and nobody's time but its caller's."""
 
-    full = False
+    full: bool | int = False  # a number: for so many batches
     refused = 0
     asked = 0
 
@@ -528,6 +575,8 @@ class BadDisk(Spool):
         self.quick.wait(PATIENCE_S)
         if self.full:
             self.refused += 1
+            if self.full is not True:
+                self.full -= 1
             return False
         return super().append(spans)
 
@@ -577,6 +626,42 @@ def test_a_slow_disk_keeps_the_order_and_holds_up_nobody(backend, open_spool):
             assert not backend.changed.wait_for(lambda: len(backend.ids()) > 10, 0.1)
         spool.quick.set()
         wait_for(exporter, sent=30)
+    assert backend.ids() == list(range(1, 31))
+
+
+def test_what_the_disk_refuses_once_keeps_its_place(backend, open_spool, monkeypatch):
+    monkeypatch.setattr(delivery, "SPOOL_AGAIN_S", 0.01)
+    backend.usual = Reply(503)
+    spool = open_spool(cls=BadDisk)
+    with exporting(backend.url, spool, batch_spans=10) as exporter:
+        exporter.export(spans(10))
+        wait_for(exporter, spool_spans=10)
+        spool.full = 1
+        exporter.export(spans(20, 11))
+        wait_for(exporter, spool_spans=30)
+        assert spool.refused == 1
+        backend.usual = Reply()
+        wait_for(exporter, sent=30)
+    assert backend.ids() == list(range(1, 31))
+
+
+def test_what_is_answered_while_it_goes_to_the_spool_is_not_sent_again(
+    backend, open_spool
+):
+    backend.hang.clear()
+    spool = open_spool(cls=BadDisk)
+    with exporting(backend.url, spool, batch_spans=10, queue_spans=30) as exporter:
+        exporter.export(spans(10))
+        backend.wait(lambda: backend.requests)
+        spool.quick.clear()
+        exporter.export(spans(20, 11))
+        until(lambda: spool.asked)
+        backend.hang.set()
+        # The answer is there, the batch is not yet on the disk.
+        with backend.changed:
+            assert not backend.changed.wait_for(lambda: len(backend.requests) > 1, 0.1)
+        spool.quick.set()
+        wait_for(exporter, sent=30, spool_spans=0)
     assert backend.ids() == list(range(1, 31))
 
 
@@ -798,6 +883,21 @@ def test_no_secret_is_in_the_log(backend, tmp_path, open_spool, caplog):
         headers.write_text(f"wrong {HIDDEN}")
         until(lambda: "going on as before" in caplog.text)
     assert backend.requests[0].path.endswith(HIDDEN)
+    assert HIDDEN not in caplog.text
+
+
+def test_no_part_of_a_long_secret_is_in_the_log(backend, caplog):
+    token = "".join(f"{number:04x}" for number in range(500))
+    backend.usual = Reply(401, f"invalid token: {token}, key a/{HIDDEN}".encode())
+    destination = Destination(
+        f"{backend.url}?tenant=1&key=a%2F{HIDDEN}",
+        headers={"authorization": f"Bearer {token}"},
+    )
+    with exporting(destination, retry_s=0.05) as exporter:
+        exporter.export(spans(1))
+        wait_for(exporter, failed=1)
+    assert "HTTP 401 invalid token: ..., key ..." in caplog.text
+    assert token[:16] not in caplog.text
     assert HIDDEN not in caplog.text
 
 

@@ -1,5 +1,6 @@
 """The embedded store as a child: started, missed, started again, ended."""
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from podspan.agent.embedded import EmbeddedStore
 from podspan.agent.errors import ExportError
 from podspan.agent.values import Address
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def free_address():
@@ -76,6 +77,50 @@ def test_it_is_started_again_after_it_died(tmp_path, monkeypatch, caplog):
     assert "the embedded store ended: code=-9" in caplog.text
 
 
+def test_one_that_was_well_for_a_while_is_started_again_soon(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(embedded, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(embedded, "MAX_BACKOFF_S", 0.02)  # it takes longer to start
+    with closing(started(tmp_path)) as store:
+
+        def back():
+            store.tick()
+            return is_up(store)
+
+        for _ in range(3):
+            os.kill(store._process.pid, signal.SIGKILL)
+            store._process.wait()
+            wait_for(back)
+    assert caplog.text.count("again_in_s=0.01 ") == 3
+
+
+def test_a_node_without_a_process_to_spare_starts_it_later(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(embedded, "FIRST_BACKOFF_S", 0.05)
+    with closing(started(tmp_path)) as store:
+        os.kill(store._process.pid, signal.SIGKILL)
+        store._process.wait()
+        start = store._start
+        failures = [OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))]
+
+        def start_or_fail():
+            if failures:
+                raise failures.pop()
+            return start()
+
+        monkeypatch.setattr(store, "_start", start_or_fail)
+
+        def back():
+            store.tick()
+            return is_up(store)
+
+        wait_for(back)
+        assert store.restarts == 1
+    assert "cannot be started: error='Resource temporarily unavail" in caplog.text
+
+
 def test_a_port_that_is_taken_is_an_error_with_a_way_out(tmp_path, capfd):
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = Address("127.0.0.1", other.getsockname()[1])
@@ -100,6 +145,14 @@ def test_it_has_no_capabilities(tmp_path):
     found = dict(line.split(":\t") for line in status.splitlines() if ":\t" in line)
     assert {int(found[each], 16) for each in sets} == {0}
     assert found["NoNewPrivs"] == "1"
+
+
+def test_it_does_not_get_the_credentials_of_other_backends(tmp_path, monkeypatch):
+    monkeypatch.setenv("PODSPAN_OTLP_HEADERS", "authorization=hunter2")
+    with closing(started(tmp_path)) as store:
+        environment = Path(f"/proc/{store._process.pid}/environ").read_text()
+    assert "PATH=" in environment
+    assert "hunter2" not in environment
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from podspan.agent import config
 from podspan.agent.errors import ExportError, UsageError
 from podspan.agent.outputs import Outputs
-from unit.backend import Backend, spans, until
+from unit.backend import Backend, Reply, spans, until
 
 # An agent whose backend is away, until it is killed.
 EXPORTING = """
@@ -94,6 +94,35 @@ def test_what_the_backend_did_not_take_is_sent_after_a_kill(tmp_path):
         until(lambda: len(backend.ids()) == 2000)
         until(lambda: outputs.counters()["zipkin"]["spool_spans"] == 0)
         assert backend.ids() == list(range(1, 2001))
+
+
+def test_what_a_spool_cannot_take_is_no_loss_once_it_is_sent(tmp_path, backend):
+    backend.usual = Reply(503)
+    argv = ["--zipkin", backend.url, "--data-dir", str(tmp_path), "--spool-size", "99"]
+    with opened(*argv) as outputs:
+        outputs.export(spans(1))
+        until(lambda: outputs.counters()["zipkin"]["spool_failed"])
+        backend.usual = Reply()
+        until(lambda: outputs.counters()["zipkin"]["sent"] == 1)
+        assert not any(outputs.losses().values())
+
+
+def test_a_file_that_is_full_costs_no_other_place_a_span(backend, caplog):
+    argv = ["--json", "/dev/full", "--zipkin", backend.url, "--spool-size", "0"]
+    with opened(*argv) as outputs:
+        for first in (1, 4):
+            outputs.export(spans(3, first))
+        assert outputs.losses()["json_failed"] == 6
+    assert backend.ids() == [1, 2, 3, 4, 5, 6]
+    assert caplog.text.count("No space left") == 1
+
+
+def test_a_file_that_is_full_is_an_error_where_it_is_the_only_place():
+    with (
+        opened("--json", "/dev/full") as outputs,
+        pytest.raises(ExportError, match="No space left"),
+    ):
+        outputs.export(spans(1))
 
 
 def test_secrets_come_from_a_variable_or_a_file(tmp_path, backend):

@@ -46,10 +46,11 @@ def outside_of_a_cluster(monkeypatch):
 
 
 def settings(*argv):
-    """What the user sets; by default trees, and nothing on this machine's disk."""
+    """What the user sets; by default trees, and no disk or port of this machine's."""
     named = {"--json", "--zipkin", "--tree"} & set(argv)
     argv = argv if named else ("--tree", *argv)
-    return config.parse(argv, {"PODSPAN_SPOOL_SIZE": "0"})
+    unset = {"PODSPAN_SPOOL_SIZE": "0", "PODSPAN_STATUS_ADDRESS": "none"}
+    return config.parse(argv, unset)
 
 
 class FakeTracer:
@@ -215,10 +216,14 @@ def test_the_ready_file_says_our_pid_while_attached_and_only_then(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_ready_file_that_cannot_be_written_is_said_before_anything_loads(tmp_path):
+@pytest.mark.parametrize("path", ["missing/ready", ".", "/proc/ready", "file/ready"])
+def test_a_ready_file_that_cannot_be_written_is_said_before_anything_loads(
+    tmp_path, path
+):
+    (tmp_path / "file").touch()
     tracer = FakeTracer(on_enter=pytest.fail)
     with pytest.raises(UsageError, match="--ready-file"):
-        run(settings("--ready-file", str(tmp_path / "missing" / "ready")), tracer)
+        run(settings("--ready-file", str(tmp_path / path)), tracer)
 
 
 def test_a_file_that_cannot_be_written_is_said_before_anything_loads(tmp_path):

@@ -490,6 +490,17 @@ def test_a_lost_record_is_counted_in_spans_where_its_header_is_sound(remains, tm
     assert (counts["spool_torn"], counts["spool_lost"]) == (1, 0)
 
 
+@pytest.mark.parametrize("row", [(), ("1",), {}, 1, None, (None,) * 12, (None,) * 99])
+def test_a_sound_record_of_what_is_no_span_is_lost(tmp_path, monkeypatch, row):
+    with opened(tmp_path) as spool:
+        with monkeypatch.context() as patch:
+            patch.setattr(spool_module, "_row", lambda _: row)
+            spool.append(batch(1))
+        spool.append(batch(2))
+        assert drain(spool) == [batch(2)]
+        assert spool.counters()["spool_lost"] == 1
+
+
 @given(data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_any_damage_leaves_sound_batches_in_order(remains, tmp_path, data):

