@@ -167,7 +167,7 @@ def _room(data: Path, max_size: int) -> int:
     log_file = data.with_name(f"{data.name}-wal")
     try:
         there = sum(file.stat().st_size for file in (data, log_file) if file.exists())
-        room = max(there + shutil.disk_usage(data.parent).free, MIN_SIZE)
+        room = max(there + shutil.disk_usage(data.parent).free, values.MIN_STORE_SIZE)
     except OSError:  # whoever opens it tells why
         return max_size
     if room >= max_size:

@@ -90,8 +90,8 @@ def tcpdump(namespace, path, *options):
     """Capture; stops only when all that is waited for is in the file."""
     if shutil.which("tcpdump") is None:
         pytest.skip("no tcpdump: apt install tcpdump")
-    # Not --immediate-mode: its buffer has a slot of the snapshot length for each packet,
-    # which makes 64 here, and drops what comes meanwhile.
+    # Not --immediate-mode: its buffer has a slot of the snapshot length for each
+    # packet, which makes 64 here, and drops what comes meanwhile.
     words = namespace.command(
         *("tcpdump", "-i", "any", "-U", "-B", "16384", "-Z", "root"),
         *("-s", "0", "-w", path, *options),
