@@ -5,7 +5,7 @@ sends it away.
 
     exchange.py   what the kernel told us            kernel/  the only import of bcc
     span.py       exchange -> span                   pods/    namespaces, names
-    tree.py       spans -> text                      export/  Zipkin, files, terminal
+    tree.py       spans -> text                      export/  backends, spool, files
     context.py    a head's trace context: b3.py,     service.py   the loop
                   traceparent.py, ids.py             config.py    flags, variables
     http_head.py  the head of a message              errors.py    what can go wrong
@@ -14,6 +14,10 @@ sends it away.
     istio_metrics.py  exchanges -> Istio's metrics   workloads.py  who is at their ends
     engine.py     which engine a pod has, and why    redirect/  workers that carry
     netlink.py    its messages' frame                steering.py  who follows the plan
+    outputs.py    where spans go, as the user chose  store/    SQLite, Zipkin's API,
+    embedded.py   the store as our child                       the viewer
+    values.py     what texts in options mean         replay/   spans of a capture
+    lifecycle.py  when to end, how to say ready
 """
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from podspan.agent.config import OPTIONS
 from podspan.agent.errors import ExportError
 from podspan.agent.values import Address, age_text
 
@@ -30,6 +31,9 @@ POLL_S = 0.05
 
 # It talks to strangers: of root's it keeps the files, and no capability.
 UNPRIVILEGED = ("setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all")
+
+# The other backends' credentials are none of its business.
+SECRETS = frozenset(option.variable for option in OPTIONS if option.secret)
 
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
@@ -56,6 +60,7 @@ class EmbeddedStore:
         self.url = f"http://{address.reachable}/"
         self.restarts = 0
         self._backoff_s = FIRST_BACKOFF_S
+        self._started_s = 0.0  # of time.monotonic()
         self._start_at_s = 0.0  # of time.monotonic(), once it has ended
         self._ready = folder / READY
         self._command = [
@@ -113,6 +118,8 @@ class EmbeddedStore:
             self._process.wait()
 
     def _put_off(self, why: str) -> None:
+        if time.monotonic() - self._started_s > MAX_BACKOFF_S:
+            self._backoff_s = FIRST_BACKOFF_S  # it was well for a while
         log.warning(
             "the embedded store %s again_in_s=%g hint='spans wait in the spool'",
             why,
@@ -122,9 +129,13 @@ class EmbeddedStore:
         self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
 
     def _start(self) -> subprocess.Popen[bytes]:
+        self._started_s = time.monotonic()
         # A group of its own: Ctrl-C is for the agent, which ends this after its spans.
         return subprocess.Popen(
-            self._command, stdin=subprocess.DEVNULL, process_group=0
+            self._command,
+            stdin=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in os.environ if name not in SECRETS},
+            process_group=0,
         )
 
     def _wait_until_ready(self) -> None:

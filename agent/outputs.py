@@ -6,6 +6,7 @@ import logging
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from io import TextIOWrapper
@@ -56,6 +57,7 @@ class Outputs:
     def __init__(self, stack: ExitStack, config: Config) -> None:
         """Open what the user asked for; raise ExportError or UsageError."""
         self._by_name: dict[str, Exporter] = {}
+        self._missed: Counter[str] = Counter()  # spans that an exporter refused
         self._store: EmbeddedStore | None = None
         self._drain_until_s: float | None = None
         self._config = config
@@ -145,9 +147,19 @@ class Outputs:
         stack.callback(self._close, exporter)
 
     def export(self, spans: list[Span]) -> None:
-        """Hand the spans to every exporter."""
-        for exporter in self._by_name.values():
-            exporter.export(spans)
+        """Hand the spans to every exporter; a file that is full costs only its own.
+
+        Raises ExportError where it is the only place.
+        """
+        for name, exporter in self._by_name.items():
+            try:
+                exporter.export(spans)
+            except ExportError as exc:
+                if len(self._by_name) == 1:
+                    raise
+                if not self._missed[name]:
+                    log.warning("spans are missing there: %s hint=%r", exc, exc.hint)
+                self._missed[name] += len(spans)
 
     def tick(self) -> None:
         """Do what is due."""
@@ -158,7 +170,11 @@ class Outputs:
 
     def counters(self) -> Mapping[str, Mapping[str, int]]:
         """Return what became of spans, by exporter."""
-        return {name: each.counters() for name, each in self._by_name.items()}
+        return {
+            name: {**counters, "failed": counters.get("failed", 0) + self._missed[name]}
+            for name, exporter in self._by_name.items()
+            for counters in [exporter.counters()]
+        }
 
     def losses(self) -> dict[str, int]:
         """Return what was lost, by exporter and reason."""

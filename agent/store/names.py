@@ -53,10 +53,7 @@ class Names:
         """Return what is new, or new in this hour."""
         for span in spans:
             if service := service_at(span, "local"):
-                yield from self._see(Kind.SERVICE, "", service, hour)
-                yield from self._see(Kind.SPAN, service, span.get("name", ""), hour)
-                remote = service_at(span, "remote")
-                yield from self._see(Kind.REMOTE, service, remote, hour)
+                yield from self._see_service(service, span, hour)
             for key, text in span.get("tags", {}).items():
                 # Nearly always one of these.
                 if self._open_tags.get(key) == hour:
@@ -90,11 +87,21 @@ class Names:
         known[name] = hour
         yield kind, owner, name, hour
 
+    def _see_service(self, service: str, span: ZipkinSpan, hour: int) -> Iterator[Row]:
+        yield from self._see(Kind.SERVICE, "", service, hour)
+        if service in self._all(Kind.SERVICE, ""):  # else there are too many
+            yield from self._see(Kind.SPAN, service, span.get("name", ""), hour)
+            remote = service_at(span, "remote")
+            yield from self._see(Kind.REMOTE, service, remote, hour)
+
     def _see_tag(self, key: str, text: str, hour: int) -> Iterator[Row]:
         values = self._values.get(key)
         if key in self._open_tags or (values and len(values) >= MAX_NAMES):
-            self._values.pop(key, None)
             yield from self._see(Kind.OPEN_TAG, "", key, hour)
+            if (
+                key in self._open_tags
+            ):  # else there are too many: none comes in addition
+                self._values.pop(key, None)
         elif values or _has_room(self._values, key, MAX_TAGS):
             yield from self._see(Kind.VALUE, key, text, hour)
 

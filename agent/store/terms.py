@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 from zlib import crc32
 
 from podspan.agent.store.logscale import MAX_VALUE, SUBS, bucket_of, doubling_of
@@ -22,8 +23,10 @@ from podspan.agent.store.zipkin_v2 import ZipkinSpan
 # The scope of what is asked without a service.
 ANY_SERVICE = ""
 
-# So many combinations of a service and a tag, or another name, are kept at hand.
+# So many combinations of a service and a tag, or another name, are kept at hand; none
+# of more characters, which only somebody sends who wants our memory.
 CACHED = 4096
+CACHED_CHARS = 1024
 
 
 def words_of(spans: Sequence[ZipkinSpan]) -> set[int]:
@@ -32,9 +35,12 @@ def words_of(spans: Sequence[ZipkinSpan]) -> set[int]:
     add = words.add
     for span in spans:
         service = service_at(span, "local")
-        words |= _names(service, span.get("name", ""), service_at(span, "remote"))
+        name, remote = span.get("name", ""), service_at(span, "remote")
+        names_of = _cached(_names, len(service) + len(name) + len(remote))
+        words |= names_of(service, name, remote)
         if tags := span.get("tags"):
-            keys, beginnings = _tags(service, tuple(tags))
+            tags_of = _cached(_tags, len(service) + sum(map(len, tags)))
+            keys, beginnings = tags_of(service, tuple(tags))
             words |= keys
             for text, (any_value, own_value) in zip(
                 tags.values(), beginnings, strict=True
@@ -44,9 +50,10 @@ def words_of(spans: Sequence[ZipkinSpan]) -> set[int]:
                 if not (len(text) > 3 and text.isdecimal()):  # as _is_measure
                     add(crc32(encoded, own_value))
         for note in span.get("annotations", ()):
-            words |= _keys(service, note["value"])
+            words |= _keys_of(service, note["value"])
         if duration_us := span.get("duration"):
-            words |= _durations(service, bucket_of(duration_us))
+            durations_of = _cached(_durations, len(service))
+            words |= durations_of(service, bucket_of(duration_us))
     return words
 
 
@@ -100,6 +107,16 @@ def _duration_words(scope: str, min_us: int, max_us: int) -> list[int]:
     return words
 
 
+def _cached(work: Any, chars: int) -> Any:
+    """Return the work as it is kept at hand, or as it is done anew for long texts."""
+    return work if chars <= CACHED_CHARS else work.__wrapped__
+
+
+def _keys_of(service: str, key: str) -> frozenset[int]:
+    words: frozenset[int] = _cached(_keys, len(service) + len(key))(service, key)
+    return words
+
+
 @lru_cache(CACHED)
 def _names(service: str, name: str, remote: str) -> frozenset[int]:
     """Return the words of a span's names."""
@@ -125,7 +142,7 @@ def _tags(
         (_word("value", ANY_SERVICE, key, ""), _word("value", service, key, ""))
         for key in keys
     ]
-    words = frozenset(word for key in keys for word in _keys(service, key))
+    words = frozenset(word for key in keys for word in _keys_of(service, key))
     return words, beginnings
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from peers.conftest import feed
 from peers.servers import Json, Server, wait_for
 from podspan.agent.export.otlp import OtlpEncoder
 from podspan.agent.export.zipkin import ZipkinEncoder
+from podspan.agent.ids import derive_id
 from podspan.agent.span import Span
 
 HOUR_MS = 60 * 60 * 1000
@@ -127,24 +129,65 @@ def test_both_find_the_trace_or_do_not(fed, demo, found, query):
         assert ids == ({demo[0].trace_id} if found else set()), server.url
 
 
-@pytest.mark.parametrize(
-    ("encoder", "port"),
-    [
-        (ZipkinEncoder, "zipkin"),
-        (lambda: OtlpEncoder("protobuf", shared_ids=True), "otlp"),
-        (lambda: OtlpEncoder("json", shared_ids=True), "otlp"),
-    ],
-    ids=["zipkin", "otlp-protobuf", "otlp-json"],
-)
-def test_jaeger_shows_every_span_under_its_parent(
-    jaeger, demo, encoder: Callable[[], Any], port
-):
-    feed(demo, encoder(), jaeger.port(port))
+def with_own_ids(spans: list[Span]) -> list[Span]:
+    """The same trace as the kernel makes it with `--span-ids child`."""
+    served = {span.span_id for span in spans if span.shared}
+
+    def server_id(span_id: str) -> str:
+        return f"{derive_id(int(span_id, 16)):016x}"
+
+    def own(span: Span) -> Span:
+        if span.shared:
+            own_id = server_id(span.span_id)
+            return replace(span, span_id=own_id, parent_id=span.span_id, shared=False)
+        if span.parent_id in served:
+            return replace(span, parent_id=server_id(span.parent_id))
+        return span
+
+    return [own(span) for span in spans]
+
+
+def whole_trace(jaeger: Server, demo: list[Span]) -> Any:
     path = f"/api/traces/{demo[0].trace_id}"
     wait_for(
         lambda: jaeger_spans(jaeger, path) == len(demo), "Jaeger has the whole trace"
     )
     [trace] = jaeger.get(path)["data"]
+    return trace
+
+
+@pytest.mark.parametrize("encoding", ["protobuf", "json"])
+def test_jaeger_shows_shared_ids_by_otlp_below_an_ancestor(jaeger, demo, encoding):
+    feed(demo, OtlpEncoder(encoding, shared_ids=True), jaeger.port("otlp"))
+    trace = whole_trace(jaeger, demo)
+    by_id = {span["spanID"]: span for span in trace["spans"]}
+    assert len(by_id) == len(demo)
+    assert trace["warnings"] is None
+    for span in trace["spans"]:
+        if (parent := parent_of(span, by_id)) is not None:
+            end_us = parent["startTime"] + parent["duration"]
+            assert parent["startTime"] <= span["startTime"]
+            assert span["startTime"] + span["duration"] <= end_us
+
+
+@pytest.mark.parametrize(
+    ("encoder", "port", "made"),
+    [
+        (ZipkinEncoder, "zipkin", list),
+        (lambda: OtlpEncoder("protobuf"), "otlp", with_own_ids),
+        (lambda: OtlpEncoder("json"), "otlp", with_own_ids),
+    ],
+    ids=["zipkin", "otlp-protobuf", "otlp-json"],
+)
+def test_jaeger_shows_every_span_under_its_parent(
+    jaeger,
+    demo,
+    encoder: Callable[[], Any],
+    port,
+    made: Callable[[list[Span]], list[Span]],
+):
+    feed(made(demo), encoder(), jaeger.port(port))
+    trace = whole_trace(jaeger, demo)
     services = {key: one["serviceName"] for key, one in trace["processes"].items()}
     by_id = {span["spanID"]: span for span in trace["spans"]}
     assert len(by_id) == len(demo)
@@ -198,7 +241,7 @@ def expected_parent(span: Span, spans: list[Span]) -> tuple[str, str] | None:
 
 
 def test_jaeger_and_the_store_draw_the_same_graph(jaeger, store, fed, demo):
-    feed(demo, OtlpEncoder("protobuf", shared_ids=True), jaeger.port("otlp"))
+    feed(with_own_ids(demo), OtlpEncoder("protobuf"), jaeger.port("otlp"))
     query = {"endTs": now_ms(), "lookback": 24 * HOUR_MS}
 
     def edges() -> Any:

@@ -77,6 +77,24 @@ def test_it_is_started_again_after_it_died(tmp_path, monkeypatch, caplog):
     assert "the embedded store ended: code=-9" in caplog.text
 
 
+def test_one_that_was_well_for_a_while_is_started_again_soon(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(embedded, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(embedded, "MAX_BACKOFF_S", 0.02)  # it takes longer to start
+    with closing(started(tmp_path)) as store:
+
+        def back():
+            store.tick()
+            return is_up(store)
+
+        for _ in range(3):
+            os.kill(store._process.pid, signal.SIGKILL)
+            store._process.wait()
+            wait_for(back)
+    assert caplog.text.count("again_in_s=0.01 ") == 3
+
+
 def test_a_node_without_a_process_to_spare_starts_it_later(
     tmp_path, monkeypatch, caplog
 ):
@@ -127,6 +145,14 @@ def test_it_has_no_capabilities(tmp_path):
     found = dict(line.split(":\t") for line in status.splitlines() if ":\t" in line)
     assert {int(found[each], 16) for each in sets} == {0}
     assert found["NoNewPrivs"] == "1"
+
+
+def test_it_does_not_get_the_credentials_of_other_backends(tmp_path, monkeypatch):
+    monkeypatch.setenv("PODSPAN_OTLP_HEADERS", "authorization=hunter2")
+    with closing(started(tmp_path)) as store:
+        environment = Path(f"/proc/{store._process.pid}/environ").read_text()
+    assert "PATH=" in environment
+    assert "hunter2" not in environment
 
 
 @pytest.mark.parametrize(

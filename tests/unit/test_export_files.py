@@ -53,8 +53,7 @@ def test_a_full_disk_is_an_export_error():
     exporter = JsonLinesExporter("/dev/full")
     with pytest.raises(ExportError, match="No space left"):
         exporter.export([SPAN])
-    with pytest.raises(ExportError):
-        exporter.close(0)
+    exporter.close(0)
 
 
 class Time:

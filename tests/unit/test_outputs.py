@@ -107,6 +107,24 @@ def test_what_a_spool_cannot_take_is_no_loss_once_it_is_sent(tmp_path, backend):
         assert not any(outputs.losses().values())
 
 
+def test_a_file_that_is_full_costs_no_other_place_a_span(backend, caplog):
+    argv = ["--json", "/dev/full", "--zipkin", backend.url, "--spool-size", "0"]
+    with opened(*argv) as outputs:
+        for first in (1, 4):
+            outputs.export(spans(3, first))
+        assert outputs.losses()["json_failed"] == 6
+    assert backend.ids() == [1, 2, 3, 4, 5, 6]
+    assert caplog.text.count("No space left") == 1
+
+
+def test_a_file_that_is_full_is_an_error_where_it_is_the_only_place():
+    with (
+        opened("--json", "/dev/full") as outputs,
+        pytest.raises(ExportError, match="No space left"),
+    ):
+        outputs.export(spans(1))
+
+
 def test_secrets_come_from_a_variable_or_a_file(tmp_path, backend):
     secret = tmp_path / "secret"
     secret.write_text("x-tenant: blue\n")

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from podspan.agent.errors import StoreError
-from podspan.agent.store import ingest
+from podspan.agent.store import ingest, terms
 from podspan.agent.store.database import Database
 from podspan.agent.store.query import Query, matches, start_us
 from podspan.agent.store.summary import ServiceSummary, Summary
@@ -236,6 +236,49 @@ def test_a_tag_with_too_many_values_is_not_offered(database):
         )
     assert database.tag_keys() == ["k"]
     assert database.tag_values("http.url") == []
+
+
+def test_services_beyond_those_offered_are_not_kept_in_memory(database, monkeypatch):
+    monkeypatch.setattr("podspan.agent.store.names._has_room.__defaults__", (3,))
+    for number in range(1, 10):
+        database.add([span(1, number, f"s{number}", name="get")])
+    assert database.services() == ["s1", "s2", "s3"]
+    assert [database.span_names(f"s{number}") for number in (3, 4)] == [["get"], []]
+    assert len(database._names._others) == 1 + 3  # the services, and what they have
+
+
+def test_tags_beyond_those_offered_are_not_kept_over_and_over(database, monkeypatch):
+    monkeypatch.setattr("podspan.agent.store.names.MAX_NAMES", 2)
+    monkeypatch.setattr("podspan.agent.store.names._has_room.__defaults__", (2,))
+    for number in range(1, 30):
+        tags = {key: str(number) for key in ("k", "l", "m")}
+        database.add([span(1, number, tags=tags)])
+    assert database.tag_keys() == ["m"]  # that k and l have too many is remembered
+    assert database.tag_values("m") == ["1", "2"]
+
+
+def test_long_texts_are_found_and_not_kept_in_memory(database):
+    caches = [terms._names, terms._tags, terms._keys, terms._durations]
+    before = [cache.cache_info().currsize for cache in caches]
+    long = "x" * 2000
+    database.add(
+        [
+            span(
+                1,
+                number,
+                f"{long}{number}",
+                name=f"{long}{number}",
+                duration=5,
+                tags={f"{long}{number}": "v"},
+                annotations=[{"timestamp": 1, "value": f"{long}-{number}"}],
+            )
+            for number in range(1, 100)
+        ]
+    )
+    assert [cache.cache_info().currsize for cache in caches] == before
+    wanted = {f"{long}7": "v", f"{long}-7": ""}
+    asked = everything(service=f"{long}7", annotation_query=wanted, min_duration_us=5)
+    assert len(database.traces(asked)) == 1
 
 
 def test_a_tail_gives_each_span_once(database):
@@ -649,7 +692,7 @@ ADDER = """
 import sys
 import threading
 from pathlib import Path
-from podspan.agent.store import ingest
+from podspan.agent.store import ingest, terms
 from podspan.agent.store.database import Database
 
 database = Database(Path(sys.argv[1]), max_age_s=1e9, max_bytes=1 << 30)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from podspan.agent import values
 from podspan.agent.__main__ import main as podspan
 from podspan.agent.errors import StoreError, UsageError
 from podspan.agent.store import command
 from podspan.agent.store.server import MAX_CONNECTIONS, THREADS, StoreServer
-from podspan.agent.values import MIN_STORE_SIZE
 from unit.store_server import running_store
 
 SPAN = {"traceId": "a", "id": "b", "localEndpoint": {"serviceName": "web"}}
@@ -293,9 +293,9 @@ def test_a_taken_port_is_one_line_and_a_hint(tmp_path):
 def test_a_file_may_become_no_larger_than_the_disk(tmp_path, caplog):
     data = tmp_path / "traces.db"
     disk = shutil.disk_usage(tmp_path).total
-    assert command._room(data, MIN_STORE_SIZE) == MIN_STORE_SIZE
+    assert command._room(data, values.MIN_STORE_SIZE) == values.MIN_STORE_SIZE
     assert not caplog.records
-    assert MIN_STORE_SIZE <= command._room(data, 1 << 62) <= disk
+    assert values.MIN_STORE_SIZE <= command._room(data, 1 << 62) <= disk
     assert "less than --max-size" in caplog.text
     data.write_bytes(bytes(1 << 20))  # what is there already may stay
     assert command._room(data, 1 << 62) <= disk
