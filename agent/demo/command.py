@@ -232,6 +232,7 @@ class _Viewer:
 
     def show(self, spans: Sequence[Span]) -> None:
         """Show the trace until Ctrl-C."""
+        sys.stdout.flush()  # the tree, now: a pipe would have it at the end
         self._store.export(spans)
         self._store.settle()
         where = f"http://{self._address}/traces/{spans[0].trace_id}"
