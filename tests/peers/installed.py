@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 ZIPKIN = "io.zipkin:zipkin-server:3.6.1"
@@ -55,10 +56,16 @@ def jaeger() -> Path:
             what = f"Jaeger ({JAEGER}, through the Go module proxy)"
             module = Path(folder, "module")
             module.mkdir()
+            # What it is made of takes gigabytes; it goes with the folder.
+            environment = {
+                "GOPATH": str(Path(folder, "path")),
+                "GOCACHE": str(Path(folder, "cache")),
+                "GOFLAGS": "-modcacherw",
+            }
             # A module of its own: `go install` refuses one with replace directives.
-            _run([go, "mod", "init", "peers"], what, module)
-            _run([go, "get", "-tool", JAEGER], what, module)
-            _run([go, "build", "-o", "jaeger", package], what, module)
+            _run([go, "mod", "init", "peers"], what, module, environment)
+            _run([go, "get", "-tool", JAEGER], what, module, environment)
+            _run([go, "build", "-o", "jaeger", package], what, module, environment)
             _keep(module / "jaeger", program)
     return program
 
@@ -77,10 +84,20 @@ def _go(folder: Path) -> str:
     return str(folder / "bin" / "go")
 
 
-def _run(command: list[str], what: str, folder: Path | None = None) -> None:
+def _run(
+    command: list[str],
+    what: str,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> None:
     try:
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=False
+            command,
+            cwd=folder,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except FileNotFoundError as exc:
         raise Missing(f"{what}: no {command[0]}: apt-get install maven") from exc
