@@ -16,7 +16,7 @@ sends it away.
     netlink.py    its messages' frame                steering.py  who follows the plan
     outputs.py    where spans go, as the user chose  store/    SQLite, Zipkin's API,
     embedded.py   the store as our child                       the viewer
-    values.py     what texts in options mean         replay/   spans of a capture
+    values.py     what texts in options mean: parser.py  replay/  spans of a capture
     lifecycle.py  when to end, how to say ready
 """
 

@@ -10,11 +10,12 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any
 
 from podspan.agent import values
 from podspan.agent.engine import ENGINES
 from podspan.agent.errors import UsageError
+from podspan.agent.parser import Parser
 from podspan.agent.tags import CONVENTIONS
 from podspan.agent.url import TARGET_CUT
 from podspan.agent.values import Address, Secret
@@ -517,20 +518,11 @@ def _unknown(word: str) -> UsageError:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, "podspan agent --help explains the options")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="podspan agent",
         description="Trace the calls of this node, HTTP and TCP, without sidecars.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=EXAMPLES,
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this")

@@ -6,7 +6,6 @@ CHECKS is the order in which they are told. Only --self-test loads programs.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -22,7 +21,7 @@ from enum import StrEnum
 from http.client import HTTPConnection, HTTPException
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, TypeVar
 
 from podspan.agent import config, values, version
 from podspan.agent.config import STATUS_ADDRESS
@@ -31,6 +30,7 @@ from podspan.agent.kernel import selftest
 from podspan.agent.kernel.guard import PIN_DIR, require_bpffs
 from podspan.agent.kernel.options import POLICY_ENROL, POLICY_TRACE, Options
 from podspan.agent.kernel.tracer import Programs, cgroup_root, require_kprobes
+from podspan.agent.parser import Parser
 from podspan.agent.values import Address
 
 # The oldest kernel that the tests run on.
@@ -694,21 +694,12 @@ def _address(given: str | None, environment: Mapping[str, str]) -> Address | Non
         ) from exc
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, "podspan doctor --help explains the options")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="podspan doctor",
         description="Say what this node can do, what its agent does, and what to do "
         "about what is wrong.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=EXAMPLES,
     )
     parser.add_argument(
         "--address",

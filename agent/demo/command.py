@@ -33,6 +33,7 @@ from podspan.agent.demo.processes import (
 from podspan.agent.demo.topology import Topology, topology
 from podspan.agent.demo.verify import HALVES, complaints, missing
 from podspan.agent.errors import FeatureMissing, NoPrivilege, PodspanError, UsageError
+from podspan.agent.parser import Parser
 from podspan.agent.span import Endpoint, Span
 from podspan.agent.tree import render
 
@@ -88,22 +89,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, "podspan demo --help explains the options")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="podspan demo",
         description="Start Bookinfo's four services, each in a network namespace of "
         "its own, call them once, and print the trace that the kernel made of it. "
         "No service forwards a header.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=EXAMPLES,
     )
     parser.add_argument("--ipv6", action="store_true", help="let them talk over IPv6")
     parser.add_argument(

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from podspan.agent import values
 from podspan.agent.config import SPAN_IDS
@@ -19,6 +19,7 @@ from podspan.agent.errors import ReplayError, UsageError
 from podspan.agent.export import Exporter
 from podspan.agent.export.jsonl import STDOUT, JsonLinesExporter
 from podspan.agent.export.tree import TreeExporter
+from podspan.agent.parser import Parser
 from podspan.agent.replay.capture import Capture, in_order_of_time
 from podspan.agent.replay.names import ServiceNames, read_hosts
 from podspan.agent.replay.packets import LINK_TYPE
@@ -225,20 +226,11 @@ def _hosts(path: Path | None) -> dict[str, str]:
         ) from exc
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, "podspan replay --help explains the options")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="podspan replay",
         description="Make spans of the HTTP/1 calls and TCP connections in a capture.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=EXAMPLES,
     )
     parser.add_argument(
         "file", metavar="FILE", type=Path, help="pcap or pcapng, plain or gzipped"

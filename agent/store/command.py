@@ -11,11 +11,12 @@ import signal
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 from podspan.agent import values, version
-from podspan.agent.errors import StoreError, UsageError
+from podspan.agent.errors import StoreError
 from podspan.agent.lifecycle import Stop, ready, ready_path, stop_signals
+from podspan.agent.parser import Parser
 from podspan.agent.values import Address
 
 log = logging.getLogger(__name__)
@@ -84,20 +85,11 @@ def _run(options: argparse.Namespace, stop: Stop) -> None:
         log.info("ended: %s", database.counts())
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, "podspan store --help explains the options")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="podspan store",
         description="Keep traces in one file, and search and show them.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=EXAMPLES,
     )
     parser.add_argument(
         "--listen",
