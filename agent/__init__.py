@@ -8,7 +8,7 @@ sends it away.
     tree.py       spans -> text                      export/  backends, spool, files
     context.py    a head's trace context: b3.py,     service.py   the loop
                   traceparent.py, ids.py             config.py    flags, variables
-    http_head.py  the head of a message              errors.py    what can go wrong
+    http_head.py  the head of a message, http_body.py  errors.py  what can go wrong
     clock.py      the kernel's clock -> the world's  doctor.py    what a node lacks
     metrics.py    what it says of itself             status.py    to whom, by HTTP
     istio_metrics.py  exchanges -> Istio's metrics   workloads.py  who is at their ends

@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import Callable
 
 from podspan.agent.context import read_context
+from podspan.agent.http_body import BodyReader
 from podspan.agent.http_head import (
     MAX_HEAD,
     MAX_METHOD,
@@ -67,12 +68,6 @@ _REQUEST = re.compile(
 _RESPONSE = re.compile(
     rb"HTTP/1\.(?P<minor>[0-9]) (?P<status>[0-9]{3})(?: [^\x00\r\n]*+)?%b" % _LINES
 )
-
-# RFC 9112 section 7.1, as bpf/scanner.h: at most 15 digits, and space before what
-# extends them.
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[; \t][^\x00\r\n]*+)?\r\n")
-_CHUNK_END = re.compile(rb"\r\n")
-_TRAILER = re.compile(rb"[^\x00\r\n]*+\r\n")
 
 _NO_BODY = Framing(Body.NONE)
 _NO_CONTEXT = Count("no_context")
@@ -281,16 +276,7 @@ class Http1:
 class _Messages:
     """One side's stream: where its heads are, and where bodies end."""
 
-    __slots__ = (
-        "_checked",
-        "_left",
-        "_line",
-        "_next_line",
-        "_parse",
-        "_pattern",
-        "_start_line",
-        "head",
-    )
+    __slots__ = ("_body", "_checked", "_parse", "_pattern", "_start_line", "head")
 
     def __init__(
         self,
@@ -303,9 +289,7 @@ class _Messages:
         self._start_line = start_line  # the shortest: checked lines may be as short
         self.head = b""  # of which the end has not come
         self._checked = 0  # bytes of its lines that have ended
-        self._left = 0  # bytes of the body, or of its chunk, that are to come
-        self._next_line: re.Pattern[bytes] | None = None  # of a chunked body
-        self._line = b""  # its begin
+        self._body = BodyReader(_NO_BODY)
 
     def released(self) -> bytes:
         """Return what there is of a head, and keep it no longer."""
@@ -342,51 +326,22 @@ class _Messages:
     @property
     def in_body(self) -> bool:
         """Whether the message goes on behind its head."""
-        return self._left > 0 or self._next_line is not None
+        return not self._body.done
 
     def begin_body(self, framing: Framing) -> None:
         """What follows now is the body."""
-        self._left = framing.length
-        self._next_line = _CHUNK_SIZE if framing.body is Body.CHUNKED else None
+        self._body = BodyReader(framing)
 
     def body(self, data: bytes, at: int) -> int:
         """Return up to where the bytes from `at` on are the body's, or more of it.
 
         Raises MalformedHead where a chunked one is malformed.
         """
-        grammar = self._next_line
-        if self._left or grammar is None:
-            passed = min(self._left, len(data) - at)
-            self._left -= passed
-            return at + passed
-        end = data.find(b"\n", at) + 1
-        line = self._line + data[at : end or len(data)]
-        if len(line) > MAX_HEAD:
-            raise MalformedHead(f"a chunk's line is longer than {MAX_HEAD} bytes")
-        if not end:
-            self._line = line
-            return len(data)
-        self._line = b""
-        self._end_line(grammar, line)
-        return end
+        return self._body.take(data, at)
 
     def skipped(self) -> int:
         """Return how many bytes need not be looked at; they are not told of again."""
-        left, self._left = self._left, 0
-        return left
-
-    def _end_line(self, grammar: re.Pattern[bytes], line: bytes) -> None:
-        """A line of a chunked body has ended."""
-        match = grammar.fullmatch(line)
-        if match is None:
-            raise MalformedHead("a chunked body is malformed")
-        if grammar is _CHUNK_SIZE:
-            self._left = int(match[1], 16)
-            self._next_line = _CHUNK_END if self._left else _TRAILER
-        elif grammar is _CHUNK_END:
-            self._next_line = _CHUNK_SIZE
-        elif line == b"\r\n":
-            self._next_line = None
+        return self._body.skip()
 
 
 def _headers_of(lines: list[bytes]) -> Headers:

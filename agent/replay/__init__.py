@@ -4,7 +4,6 @@ capture.py       the file: scapy's readers, sizes checked, packets in order of t
 packets.py       pure: the TCP segment in a packet
 streams.py       pure: segments of one direction in order, each byte once
 connections.py   pure: which connections there are, and how they end
-body.py          pure: where the body of a message ends
 messages.py      pure: requests and responses of a connection
 traces.py        pure: their place in traces; exchanges as the kernel's records
 names.py         pure: which service has an address

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from podspan.agent.exchange import End
+from podspan.agent.http_body import BodyReader
 from podspan.agent.http_head import (
     MAX_HEAD,
     Body,
@@ -37,7 +38,6 @@ from podspan.agent.http_head import (
     parse_response,
 )
 from podspan.agent.redirect.sniff import Protocol, sniff
-from podspan.agent.replay.body import BodyReader
 from podspan.agent.replay.streams import Piece
 
 # As bpf/message.h: then a connection that was never in step is taken for one that

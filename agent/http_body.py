@@ -9,7 +9,7 @@ import re
 
 from podspan.agent.http_head import MAX_HEAD, Body, Framing, MalformedHead
 
-# Section 7.1: at most 15 digits, and space before what extends them.
+# Section 7.1, as bpf/scanner.h: at most 15 digits, and space before what extends them.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[; \t][^\x00\r\n]*+)?\r\n")
 _CHUNK_END = re.compile(rb"\r\n")
 _TRAILER = re.compile(rb"[^\x00\r\n]*+\r\n")
@@ -54,6 +54,12 @@ class BodyReader:
         line, self._line = self._line, b""
         self._end_line(line)
         return end
+
+    def skip(self) -> int:
+        """Return how many bytes of it may pass unseen; they count as taken."""
+        left, self._left = self._left, 0
+        self.size += left
+        return left
 
     def lose(self, count: int) -> bool:
         """Skip bytes that are missing; False: the body's end may be among them."""
