@@ -37,7 +37,7 @@ class Stop:
         os.close(self._reader)
         os.close(self._writer)
 
-    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def set(self, number: int) -> None:
         """Note the signal; the first counts."""
         if not self.signal:
             self.signal = signal.Signals(number).name
@@ -45,16 +45,30 @@ class Stop:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Yield what SIGTERM and SIGINT set, until the block ends."""
+def stop_signals(*, once: bool = False) -> Iterator[Stop]:
+    """Yield what SIGTERM and SIGINT set, until the block ends.
+
+    With `once` the second signal does what it did before: it ends at once.
+    """
     numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        stop.set(number)
+        if once:
+            restore()
+
     with closing(Stop()) as stop:
-        before = [signal.signal(number, stop.on_signal) for number in numbers]
         try:
+            for number in numbers:
+                signal.signal(number, on_signal)
             yield stop
         finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+            restore()
 
 
 def ready_path(text: str | Path | None) -> Path | None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +17,7 @@ from podspan.agent.errors import ReplayError, UsageError
 from podspan.agent.export import Exporter
 from podspan.agent.export.jsonl import STDOUT, JsonLinesExporter
 from podspan.agent.export.tree import TreeExporter
+from podspan.agent.lifecycle import Stop, stop_signals
 from podspan.agent.parser import Parser
 from podspan.agent.replay.capture import Capture, in_order_of_time
 from podspan.agent.replay.names import ServiceNames, read_hosts
@@ -75,11 +74,11 @@ def main(argv: Sequence[str]) -> int:
             child_ids=options.span_ids == "child",
             options=SpanOptions(tags=options.tags),
         )
-        stop = stack.enter_context(_stop_signals())
+        stop = stack.enter_context(stop_signals(once=True))
         _run(capture, replay, outputs, stop)
         outputs.settle()
-        _report(capture, replay.summary(), interrupted=stop.is_set())
-        if stop.is_set():
+        _report(capture, replay.summary(), interrupted=bool(stop))
+        if stop:
             return 130
         if outputs.url:
             _serve(outputs.url, replay, stop)
@@ -144,10 +143,8 @@ class _Outputs:
             self.url = f"http://{Address(host, server.port).reachable}/"
 
 
-def _run(
-    capture: Capture, replay: Replay, outputs: _Outputs, stop: threading.Event
-) -> None:
-    """Replay all packets, or those before `stop` is set."""
+def _run(capture: Capture, replay: Replay, outputs: _Outputs, stop: Stop) -> None:
+    """Replay all packets, or those before it is time to end."""
     bar = ProgressBar(sys.stderr, capture.size)
     packets = in_order_of_time(capture.packets())
     for number, packet in enumerate(packets):
@@ -155,33 +152,10 @@ def _run(
         if number % PACKETS_PER_TICK == 0:
             bar.show(capture.position)
             outputs.tick(packet.at_ns)
-            if stop.is_set():
+            if stop:
                 break
     replay.close()
     bar.clear()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Yield what the first SIGINT or SIGTERM sets; the second ends at once."""
-    stop = threading.Event()
-
-    def on_signal(*_: object) -> None:
-        stop.set()
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {
-        number: signal.signal(number, on_signal)
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def _report(capture: Capture, summary: Summary, *, interrupted: bool) -> None:
@@ -206,7 +180,7 @@ def _report(capture: Capture, summary: Summary, *, interrupted: bool) -> None:
     _say(str(summary))
 
 
-def _serve(url: str, replay: Replay, stop: threading.Event) -> None:
+def _serve(url: str, replay: Replay, stop: Stop) -> None:
     """Show the viewer until Ctrl-C."""
     # The list looks back from now; the incident was then.
     end_ms = replay.last_ns // 1_000_000 + 1
