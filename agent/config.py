@@ -59,6 +59,7 @@ STATUS_ADDRESS = Address("127.0.0.1", 15025, named=False)
 STORE_ADDRESS = Address("127.0.0.1", 9411, named=False)
 
 DATA_DIR = "/var/lib/podspan"
+DATABASE = "traces.db"  # of the embedded store, in there
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-from podspan.agent.config import OPTIONS
+from podspan.agent.config import DATABASE, OPTIONS
 from podspan.agent.errors import ExportError
 from podspan.agent.values import Address, age_text
 
 log = logging.getLogger(__name__)
 
-DATABASE = "traces.db"
 READY = "store.ready"
 
 # An emulated machine imports for seconds.

@@ -212,23 +212,18 @@ class _Viewer:
     def __init__(self, stack: ExitStack, address: values.Address) -> None:
         # SQLite and the server take a while to load; the tree does without.
         from podspan.agent.store.exporter import StoreExporter  # noqa: PLC0415
-        from podspan.agent.store.server import StoreServer  # noqa: PLC0415
 
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="podspan-"))
         self._store = StoreExporter(Path(scratch, "traces.db"))
         stack.callback(self._store.close, 0)
-        server = StoreServer(self._store.database, (address.host, address.port))
-        stack.callback(server.close)
-        server.start()
-        self._address = values.Address(address.host, server.port).reachable
+        self._url = self._store.serve(stack, address)
 
     def show(self, spans: Sequence[Span]) -> None:
         """Show the trace until Ctrl-C."""
         sys.stdout.flush()  # the tree, now: a pipe would have it at the end
         self._store.export(spans)
         self._store.settle()
-        where = f"http://{self._address}/traces/{spans[0].trace_id}"
-        _say(f"{where} shows it, until Ctrl-C")
+        _say(f"{self._url}traces/{spans[0].trace_id} shows it, until Ctrl-C")
         with suppress(KeyboardInterrupt):
             signal.pause()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from podspan.agent import values
-from podspan.agent.config import SPAN_IDS
+from podspan.agent.config import SPAN_IDS, STORE_ADDRESS
 from podspan.agent.errors import ReplayError, UsageError
 from podspan.agent.export import Exporter
 from podspan.agent.export.jsonl import STDOUT, JsonLinesExporter
@@ -27,12 +27,9 @@ from podspan.agent.replay.replay import Replay, Summary
 from podspan.agent.span import Span, SpanOptions
 from podspan.agent.tags import CONVENTIONS
 from podspan.agent.tree import WIDTH
-from podspan.agent.values import Address
 
 if TYPE_CHECKING:
     from podspan.agent.store.exporter import StoreExporter
-
-SERVE_ADDRESS = "127.0.0.1:9411"
 
 # A trace is printed once nothing of it came for so long in the capture's time.
 QUIET_S = 60.0
@@ -52,7 +49,7 @@ examples:
   podspan replay incident.pcap.gz --json - | jq .name
       one JSON object per span
   podspan replay incident.pcapng --hosts pods.txt --serve
-      look at them in the browser, at http://{SERVE_ADDRESS}/
+      look at them in the browser, at http://{STORE_ADDRESS}/
 """
 
 
@@ -125,7 +122,6 @@ class _Outputs:
     def _add_store(self, options: argparse.Namespace) -> None:
         # SQLite and the server take a while to load; trees do without.
         from podspan.agent.store.exporter import StoreExporter  # noqa: PLC0415
-        from podspan.agent.store.server import StoreServer  # noqa: PLC0415
 
         path = options.store
         if path is None:
@@ -136,11 +132,7 @@ class _Outputs:
         self._store = store = StoreExporter(path)
         self._add(store)
         if options.serve:
-            host = options.serve.host
-            server = StoreServer(store.database, (host, options.serve.port))
-            self._stack.callback(server.close)
-            server.start()
-            self.url = f"http://{Address(host, server.port).reachable}/"
+            self.url = store.serve(self._stack, options.serve)
 
 
 def _run(capture: Capture, replay: Replay, outputs: _Outputs, stop: Stop) -> None:
@@ -231,9 +223,9 @@ def _parser() -> Parser:
         metavar="ADDR:PORT",
         nargs="?",
         type=values.any_port,
-        const=values.any_port(SERVE_ADDRESS),
+        const=STORE_ADDRESS,
         help="show the spans in the viewer, of DB or of a database for the while; "
-        f"{SERVE_ADDRESS} by default",
+        f"{STORE_ADDRESS} by default",
     )
     parser.add_argument(
         "--hosts",

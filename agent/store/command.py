@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from podspan.agent import values, version
+from podspan.agent.config import DATA_DIR, DATABASE, LOG_LEVELS, STORE_ADDRESS
 from podspan.agent.errors import StoreError
 from podspan.agent.lifecycle import Stop, ready, ready_path, stop_signals
 from podspan.agent.parser import Parser
@@ -21,11 +22,9 @@ from podspan.agent.values import Address
 
 log = logging.getLogger(__name__)
 
-LISTEN: Final = "127.0.0.1:9411"
-DATA: Final = "/var/lib/podspan/traces.db"
+DATA: Final = f"{DATA_DIR}/{DATABASE}"
 MAX_AGE: Final = "7d"
 MAX_SIZE: Final = "2GiB"
-LOG_LEVELS: Final = ("error", "warning", "info", "debug")
 
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
@@ -35,10 +34,10 @@ data source read from it. The viewer is on the same port. There is no login: who
 the port can read and write.
 
 examples:
-  podspan store                                    the viewer is at http://{LISTEN}/
+  podspan store                                    the viewer is at http://{STORE_ADDRESS}/
   podspan store --listen 0.0.0.0:9411 --max-age 30d --max-size 20GiB
   podspan agent --zipkin http://HOST:9411          sends its spans there
-  curl http://{LISTEN}/api/v2/services
+  curl http://{STORE_ADDRESS}/api/v2/services
 """
 
 
@@ -95,8 +94,9 @@ def _parser() -> Parser:
         "--listen",
         metavar="ADDR:PORT",
         type=values.any_port,
-        default=LISTEN,
-        help=f"where to answer; :PORT is every address, port 0 any port ({LISTEN})",
+        default=STORE_ADDRESS,
+        help="where to answer; :PORT is every address, port 0 any port "
+        f"({STORE_ADDRESS})",
     )
     parser.add_argument(
         "--data",

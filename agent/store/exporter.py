@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from podspan.agent.span import Span, zipkin_json
 from podspan.agent.store.database import Database
+from podspan.agent.store.server import StoreServer
 from podspan.agent.store.zipkin_v2 import parse_json
+from podspan.agent.values import Address
 
 # An incident is kept until the user removes the file, however long ago it was.
 MAX_AGE_S = 100 * 365 * 86400
@@ -26,6 +29,13 @@ class StoreExporter:
         body = f"[{','.join(map(zipkin_json, spans))}]"
         self.database.add(parse_json(body.encode()))
         self._sent += len(spans)
+
+    def serve(self, stack: ExitStack, address: Address) -> str:
+        """Show the spans there until `stack` is closed; return the viewer's URL."""
+        server = StoreServer(self.database, (address.host, address.port))
+        stack.callback(server.close)
+        server.start()
+        return f"http://{Address(address.host, server.port).reachable}/"
 
     def settle(self) -> None:
         """Work out now what the dependency graph shows; by itself it takes a while."""
