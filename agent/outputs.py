@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from io import TextIOWrapper
 from pathlib import Path
 
 from podspan.agent.config import DATA_DIR, Config
@@ -28,7 +25,6 @@ from podspan.agent.export.spool import Spool
 from podspan.agent.export.tree import TreeExporter
 from podspan.agent.export.zipkin import ZipkinEncoder
 from podspan.agent.span import Span
-from podspan.agent.tree import WIDTH
 from podspan.agent.values import Secret
 
 log = logging.getLogger(__name__)
@@ -76,11 +72,7 @@ class Outputs:
         if config.json is not None:
             self._add(stack, "json", JsonLinesExporter(config.json))
         if config.tree:
-            width = shutil.get_terminal_size((WIDTH, 0)).columns
-            # A terminal that knows no blocks shows question marks, and no traceback.
-            if isinstance(sys.stdout, TextIOWrapper):
-                sys.stdout.reconfigure(errors="replace")
-            self._add(stack, "tree", TreeExporter(sys.stdout, width))
+            self._add(stack, "tree", TreeExporter.on_terminal())
         if config.wants_store:
             self._add_store(stack)
 

@@ -6,9 +6,12 @@ printed again with its later spans only.
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from io import TextIOWrapper
+from typing import Self, TextIO
 
 from podspan.agent.errors import ExportError
 from podspan.agent.span import Span
@@ -39,6 +42,19 @@ class TreeExporter:
         self._last_s: dict[str, float] = {}
         self._waiting = 0
         self._sent = 0
+
+    @classmethod
+    def on_terminal(
+        cls,
+        quiet_s: float = QUIET_S,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ) -> Self:
+        """Print to the standard output, as wide as its terminal is."""
+        # One that knows no blocks shows question marks, and no traceback.
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        width = shutil.get_terminal_size((WIDTH, 0)).columns
+        return cls(sys.stdout, width, quiet_s, monotonic_s)
 
     def export(self, spans: Sequence[Span]) -> None:
         """Keep the spans until their traces are quiet."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +25,6 @@ from podspan.agent.replay.progress import ProgressBar
 from podspan.agent.replay.replay import Replay, Summary
 from podspan.agent.span import Span, SpanOptions
 from podspan.agent.tags import CONVENTIONS
-from podspan.agent.tree import WIDTH
 
 if TYPE_CHECKING:
     from podspan.agent.store.exporter import StoreExporter
@@ -96,8 +94,7 @@ class _Outputs:
         if options.store or options.serve:
             self._add_store(options)
         if options.tree or not self._exporters:
-            width = shutil.get_terminal_size((WIDTH, 0)).columns
-            self._add(TreeExporter(sys.stdout, width, QUIET_S, lambda: self._now_s))
+            self._add(TreeExporter.on_terminal(QUIET_S, lambda: self._now_s))
 
     def export(self, spans: Sequence[Span]) -> None:
         """Take the spans."""
